@@ -1,0 +1,51 @@
+# Two commands do all the set-up: `make demo` and `make test`, each from an empty clone with Python 3.11 or newer.
+# Both install into .venv, with the versions of constraints.txt, and only when those or pyproject.toml have changed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PROMPT ?= Once upon a time, in a small village by the sea,
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+HOUSE_RULES := tests/test_architecture.py tests/test_public_api.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check fix bench
+
+help:   ## what there is to make
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: .venv/dev.stamp   ## everything that the other targets need, development tools included
+
+demo: .venv/runtime.stamp   ## stream a completion from the model in the box (PROMPT="...")
+	$(BIN)/qwen3-next generate "$(PROMPT)"
+
+test: .venv/dev.stamp   ## all tests
+	$(BIN)/python -m pytest
+
+check: .venv/dev.stamp   ## style, types, import rule, line budgets, exports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest --quiet $(HOUSE_RULES)
+
+fix: .venv/dev.stamp   ## correct what ruff can correct
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/dev.stamp   ## the speed of the model beside transformers
+	$(BIN)/python benchmarks/model.py
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "qwen3-next needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+			"Choose another with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+.venv/runtime.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing the packages that the model needs to run (once) ..."
+	$(INSTALL) --editable .
+	@touch $@
+
+.venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing the package and its development tools (once) ..."
+	$(INSTALL) --editable '.[dev]'
+	@touch .venv/runtime.stamp $@

@@ -1,0 +1,63 @@
+"""Everything this package raises on purpose.
+
+    Qwen3NextError                    anything below; catch this one to catch them all
+    ├── ConfigError      ValueError   a configuration field holds a value that cannot be served
+    ├── CheckpointError  ValueError   a checkpoint is missing, truncated, incomplete or holds something else
+    ├── InputError       ValueError   the arguments of one call do not fit the model or each other
+    ├── BackendError     RuntimeError the requested kernels or device cannot run here
+    └── TrainingError    RuntimeError a training run cannot start or go on
+        ├── DataError                 the training data is missing, empty or malformed
+        ├── DivergedError             the loss or the gradients stopped being finite
+        └── StorageError              a checkpoint or a log could not be written
+
+Every message says what was wrong, what is allowed, and what to do about it. Each class also derives from
+the built-in exception that a caller would have caught without knowing this package.
+"""
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DivergedError",
+    "InputError",
+    "Qwen3NextError",
+    "StorageError",
+    "TrainingError",
+]
+
+
+class Qwen3NextError(Exception):
+    """The root of every error that this package raises on purpose."""
+
+
+class ConfigError(Qwen3NextError, ValueError):
+    """A configuration field holds a value that cannot be served; the message names field, value and remedy."""
+
+
+class CheckpointError(Qwen3NextError, ValueError):
+    """A checkpoint is missing, truncated, incomplete, or holds tensors that this architecture does not have."""
+
+
+class InputError(Qwen3NextError, ValueError):
+    """The arguments of one call do not fit the model or each other."""
+
+
+class BackendError(Qwen3NextError, RuntimeError):
+    """The requested kernels or device cannot run on this machine."""
+
+
+class TrainingError(Qwen3NextError, RuntimeError):
+    """A training run cannot start or cannot go on."""
+
+
+class DataError(TrainingError):
+    """The training data is missing, empty or malformed."""
+
+
+class DivergedError(TrainingError):
+    """The loss or the gradients stopped being finite."""
+
+
+class StorageError(TrainingError):
+    """A checkpoint or a log could not be written; the last good checkpoint is intact."""

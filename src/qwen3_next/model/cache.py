@@ -1,0 +1,148 @@
+"""What a layer reads from and writes to a cache, and how a transformers `Cache` is made to serve it.
+
+A layer never owns state: it is handed one of the two layer caches below, reads what earlier calls left there and leaves
+what later calls need. Who allocates and frees the memory behind it is not the layer's business.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from qwen3_next.errors import InputError
+from qwen3_next.model.inputs import PackedInputs, PaddedRows
+
+
+class CachedKeys(NamedTuple):
+    """Keys and values of the earlier and the new tokens together, in padded rows.
+
+    `mask` is True where a new token may look; None where the rows hold no padding and causal order is all there is.
+    """
+
+    keys: Float[Tensor, "N S Hkv Dh"]
+    values: Float[Tensor, "N S Hkv Dh"]
+    mask: Bool[Tensor, "N Q S"] | None
+
+
+class DeltaNetState(NamedTuple):
+    """What a Gated DeltaNet layer remembers of each sequence."""
+
+    conv: Float[Tensor, "N C W-1"]
+    recurrent: Float[Tensor, "N Hv Dk Dv"]
+
+
+class AttentionCache(Protocol):
+    """The cache of one attention layer."""
+
+    def append(self, k: Float[Tensor, "T Hkv Dh"], v: Float[Tensor, "T Hkv Dh"]) -> CachedKeys:
+        """Store the keys and values of the new tokens; hand back those of all tokens."""
+        ...
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token came before the new ones."""
+        ...
+
+
+class DeltaNetCache(Protocol):
+    """The cache of one Gated DeltaNet layer."""
+
+    def read(self) -> DeltaNetState | None:
+        """The state before the new tokens; None where nothing came before."""
+        ...
+
+    def write(self, state: DeltaNetState) -> None:
+        """Keep the state after the new tokens."""
+        ...
+
+
+class ModelCache(Protocol):
+    """The caches of all layers, for one forward pass."""
+
+    def attention(self, layer: int) -> AttentionCache:
+        """The cache of an attention layer."""
+        ...
+
+    def delta_net(self, layer: int) -> DeltaNetCache:
+        """The cache of a Gated DeltaNet layer."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class TransformersCache:
+    """A transformers `Cache` (dynamic, static, from outside) behind the two protocols, for one forward pass.
+
+    Attributes:
+        cache: the transformers object; it holds padded rows `[B, Hkv, S, Dh]` and states per row.
+        rows: where the packed tokens of this pass stand in those rows.
+    """
+
+    cache: Cache
+    rows: PaddedRows
+
+    @classmethod
+    def of(cls, cache: Cache | None, inputs: PackedInputs) -> "TransformersCache | None":
+        """The adapter for the rows of `inputs`; None without a cache."""
+        if cache is None or inputs.rows is None:
+            return None
+        if inputs.rows.documents is not None:
+            raise InputError(
+                "several documents are packed into one row (position_ids restart, or cu_seq_lens_q), and a cache was "
+                "given, which follows one document per row; pass past_key_values=None and use_cache=False."
+            )
+        return cls(cache, inputs.rows)
+
+    def attention(self, layer: int) -> AttentionCache:
+        return _AttentionLayer(self.cache, self.rows, layer)
+
+    def delta_net(self, layer: int) -> DeltaNetCache:
+        return _DeltaNetLayer(self.cache, layer)
+
+
+class _AttentionLayer(NamedTuple):
+    cache: Cache
+    rows: PaddedRows
+    layer: int
+
+    @property
+    def is_empty(self) -> bool:
+        return self.rows.past == 0
+
+    def append(self, k: Tensor, v: Tensor) -> CachedKeys:
+        keys, values = (self.rows.unpack(x).transpose(1, 2) for x in (k, v))
+        keys, values = self.cache.update(keys, values, self.layer)
+        filled = self.rows.past + self.rows.length  # a static cache hands back its empty tail as well
+        keys, values = (x[:, :, :filled].transpose(1, 2) for x in (keys, values))
+        return CachedKeys(keys, values, None if self.rows.key_valid is None else self.rows.visibility(k.device))
+
+
+class _DeltaNetLayer(NamedTuple):
+    cache: Cache
+    layer: int
+
+    def read(self) -> DeltaNetState | None:
+        states = self.cache.layers[self.layer]
+        if not states.has_previous_state[0]:
+            return None
+        return DeltaNetState(states.conv_states[0][..., 1:], states.recurrent_states[0])
+
+    def write(self, state: DeltaNetState) -> None:
+        states = self.cache.layers[self.layer]
+        window = F.pad(state.conv, (1, 0))  # transformers keeps a window of W inputs, of which W - 1 are ever read
+        if not states.is_conv_states_initialized[0]:
+            states.lazy_initialization(conv_states=window)
+        states.conv_states[0].copy_(window)
+        states.has_previous_state[0] = True
+        self.cache.update_recurrent_state(state.recurrent, self.layer)
+
+
+def cached_length(cache: Cache | None) -> int:
+    """How many columns the rows of a transformers cache already hold."""
+    if cache is None:
+        return 0
+    length = cache.get_seq_length()
+    return int(length.item()) if isinstance(length, torch.Tensor) else length

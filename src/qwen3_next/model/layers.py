@@ -1,0 +1,101 @@
+"""The small modules: norms, the convolution of a DeltaNet layer, the dense SwiGLU layer, the rotary tables."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.ops.causal_conv import ConvOutput, causal_conv
+from qwen3_next.ops.norm import gated_rms_norm, rms_norm
+from qwen3_next.ops.rotary import YarnScaling, rotary_frequencies, rotary_tables, yarn_attention_factor
+from qwen3_next.ops.segments import Segments
+
+RotaryTables = tuple[Float[Tensor, "T 1 R"], Float[Tensor, "T 1 R"]]
+
+
+class RMSNorm(nn.Module):
+    """Zero-centred RMS norm: the scale is `1 + weight`, so weight decay pulls it towards 1."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        return rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class GatedRMSNorm(nn.Module):
+    """RMS norm of each head with a plain weight, then a SiLU gate."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*B Dv"], gate: Float[Tensor, "*B Dv"]) -> Float[Tensor, "*B Dv"]:
+        return gated_rms_norm(x, gate, self.weight, self.eps)
+
+
+class CausalConvolution(nn.Module):
+    """Depthwise causal convolution and SiLU along each packed sequence."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+
+    def forward(
+        self, x: Float[Tensor, "T C"], segments: Segments, state: Float[Tensor, "N C W-1"] | None
+    ) -> ConvOutput:
+        return causal_conv(x, self.weight[:, 0], segments, state)
+
+
+class DenseMLP(nn.Module):
+    """`down(silu(gate x) * up x)`: a dense layer, and the shared expert."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RotaryEmbedding(nn.Module):
+    """cos and sin for the positions of a forward pass; holds no parameter."""
+
+    def __init__(self, config: Qwen3NextConfig) -> None:
+        super().__init__()
+        self.config = config
+        frequencies, self.attention_factor = rotary_settings(config)
+        self.inv_freq = nn.Buffer(frequencies, persistent=False)
+
+    def forward(self, positions: Int[Tensor, "T"], dtype: torch.dtype) -> RotaryTables:
+        return rotary_tables(positions, self.inv_freq.float().to(positions.device), self.attention_factor, dtype)
+
+
+def rotary_settings(config: Qwen3NextConfig) -> tuple[Float[Tensor, "R"], float]:
+    """The frequencies of a configuration and the factor on cos and sin."""
+    settings = config.rope_parameters
+    linear = settings["factor"] if settings["rope_type"] == "linear" else 1.0
+    yarn = _yarn_scaling(config) if settings["rope_type"] == "yarn" else None
+    frequencies = rotary_frequencies(config.rotary_dim, settings["rope_theta"], linear, yarn)
+    return frequencies, yarn_attention_factor(yarn)
+
+
+def _yarn_scaling(config: Qwen3NextConfig) -> YarnScaling:
+    settings = config.rope_parameters
+    return YarnScaling(
+        factor=settings["factor"],
+        original_length=settings.get("original_max_position_embeddings") or config.max_position_embeddings,
+        beta_fast=settings.get("beta_fast") or 32.0,
+        beta_slow=settings.get("beta_slow") or 1.0,
+        attention_factor=settings.get("attention_factor"),
+        truncate=settings.get("truncate", True),
+    )

@@ -1,0 +1,178 @@
+"""What all model classes share: initialisation, and loading and saving in the published layout."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.modeling import convert_file_size_to_int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.utils import logging
+
+from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.model import weights
+from qwen3_next.model.delta_net import GatedDeltaNet
+from qwen3_next.model.layers import CausalConvolution, GatedRMSNorm, RMSNorm, RotaryEmbedding, rotary_settings
+from qwen3_next.model.moe import Experts, Router
+
+logger = logging.get_logger(__name__)
+
+
+class Qwen3NextPreTrainedModel(PreTrainedModel):
+    """Base of the Qwen3-Next classes. Weights are read and written in the published layout, `mtp.*` included."""
+
+    config: Qwen3NextConfig
+    config_class = Qwen3NextConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _supports_sdpa = True
+    _supports_flash_attn = False
+    _is_stateful = True
+    _can_compile_fullgraph = False
+    _keep_in_fp32_modules_strict = {"A_log", "dt_bias"}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, RMSNorm):
+            init.zeros_(module.weight)
+        elif isinstance(module, GatedRMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, CausalConvolution):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, Router):
+            init.copy_(module.weight, _rows_of_one_norm(module.weight, std))
+        elif isinstance(module, GatedDeltaNet):
+            init.ones_(module.dt_bias)
+            # The decay rate is uniform in (0, 16); its lower border is kept off 0 so that the logarithm stays finite.
+            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(0.01, 16).log_())
+        elif isinstance(module, RotaryEmbedding):
+            init.copy_(module.inv_freq, rotary_settings(self.config)[0])
+        else:
+            super()._init_weights(module)
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: "Qwen3NextPreTrainedModel",
+        state_dict: dict[str, Any] | None,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        expected_keys: list[str] | None = None,
+    ) -> Any:
+        """transformers' hook between reading the configuration and filling the parameters.
+
+        Safetensors files are checked against the model before anything is allocated and handed on as lazily read,
+        fused tensors, so that device maps, offloading and dtypes stay transformers' business.
+        """
+        if state_dict is None and checkpoint_files and not expected_keys:  # with expected keys it is an adapter
+            checkpoint = weights.open_checkpoint(
+                [Path(file) for file in checkpoint_files], (load_config.sharded_metadata or {}).get("weight_map")
+            )
+            state_dict = _checked_state_dict(model, checkpoint, load_config)
+            # Weights offloaded to disk are read where they lie, which fp8 bytes cannot be: they are written anew.
+            checkpoint_files = None if checkpoint.is_quantized else checkpoint_files
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "4GB",
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write configuration, generation settings and weights in the published layout.
+
+        Args:
+            state_dict: parameters by their names in memory; None takes the model's own, fetched back where offloaded.
+            max_shard_size: size of a file at most, as bytes or like "4GB".
+            dtype: of every tensor written: `torch.bfloat16` exports what was published. None keeps each tensor's own,
+                so that fp32 decay rates survive a round trip.
+            kwargs: for the hub (`repo_id`, `token`, ...) with `push_to_hub`. A model that carries PEFT adapters is
+                saved by transformers' own method, which writes the adapters alone.
+
+        Raises:
+            CheckpointError: the weights cannot be written; an earlier checkpoint in the directory stays whole.
+        """
+        if getattr(self, "_hf_peft_config_loaded", False):
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, **kwargs)
+            return
+        if is_main_process:
+            self.config.dtype = dtype or self.dtype
+            self.config.architectures = [type(self).__name__]
+            directory = Path(save_directory)
+            weights.save_weights(
+                self.state_dict() if state_dict is None else state_dict,
+                directory,
+                dtype=dtype,
+                max_shard_bytes=_bytes_of(max_shard_size),
+                fetch=lambda name: load_offloaded_parameter(self, name),
+            )
+            self.config.save_pretrained(directory)
+            if self.can_generate():
+                self.generation_config.save_pretrained(directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+
+def _rows_of_one_norm(weight: Tensor, std: float) -> Tensor:
+    """Random rows scaled to one length: no expert starts with larger scores than another.
+
+    The publication says that router parameters are normalised at initialisation so that experts are chosen without
+    bias early in training, but gives no formula; equal row norms are the plainest reading.
+    """
+    rows = torch.randn_like(weight, dtype=torch.float32)
+    return (rows / rows.norm(dim=-1, keepdim=True) * std * weight.shape[-1] ** 0.5).to(weight.dtype)
+
+
+def _checked_state_dict(
+    model: Qwen3NextPreTrainedModel, checkpoint: weights.Checkpoint, load_config: Any
+) -> dict[str, Any]:
+    _settle_mtp(model, checkpoint)
+    expected = model.state_dict()
+    found = checkpoint.in_memory_shapes()
+    if not load_config.ignore_mismatched_sizes:
+        may_miss, may_exceed = _allowances(model)
+        weights.compare(
+            {name: tuple(tensor.shape) for name, tensor in expected.items()},
+            found,
+            base_prefix="model.",
+            may_miss=may_miss,
+            may_exceed=may_exceed,
+        )
+    return checkpoint.lazy_state_dict({name: tensor.dtype for name, tensor in expected.items()})
+
+
+def _settle_mtp(model: Qwen3NextPreTrainedModel, checkpoint: weights.Checkpoint) -> None:
+    """A checkpoint without any `mtp.*` tensor makes a model without the MTP layer; a partial one is refused."""
+    if checkpoint.mtp_layers() == 0 and getattr(model, "mtp", None) is not None:
+        logger.warning("The checkpoint holds no multi-token prediction layer: the model is loaded without one.")
+        model.mtp = None
+        model.config.num_nextn_predict_layers = 0
+
+
+def _allowances(model: Qwen3NextPreTrainedModel) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What may be missing and left over where a checkpoint of another class of the family is loaded."""
+    claimed = (model.config.architectures or [type(model).__name__])[0]
+    if claimed == type(model).__name__:
+        tied = ("lm_head.weight",) if model.config.tie_word_embeddings else ()
+        return tied, ()
+    return _HEADS, _HEADS
+
+
+_HEADS = ("lm_head.", "mtp.", "score.", "qa_outputs.")
+
+
+def _bytes_of(size: int | str) -> int:
+    return size if isinstance(size, int) else int(convert_file_size_to_int(size))

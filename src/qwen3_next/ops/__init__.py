@@ -1,0 +1,34 @@
+"""The operations, as pure functions of tensors.
+
+The shape alphabet, here and everywhere: T packed tokens, N sequences, D hidden, H / Hkv query / key-value heads and Dh
+their width, Hk / Hv DeltaNet key / value heads and Dk / Dv their widths, C convolution channels and W taps, E experts,
+K experts per token, F expert width, V vocabulary, B rows and S columns of a padded batch.
+"""
+
+from qwen3_next.ops.attention import attention
+from qwen3_next.ops.backend import use
+from qwen3_next.ops.causal_conv import causal_conv
+from qwen3_next.ops.cross_entropy import linear_cross_entropy
+from qwen3_next.ops.experts import Routing, route, swiglu_experts
+from qwen3_next.ops.gated_delta import gated_delta_rule, gated_delta_rule_recurrent
+from qwen3_next.ops.norm import gated_rms_norm, rms_norm
+from qwen3_next.ops.quant import dequantize_block_fp8
+from qwen3_next.ops.rotary import apply_rotary
+from qwen3_next.ops.segments import Segments
+
+__all__ = [
+    "Routing",
+    "Segments",
+    "apply_rotary",
+    "attention",
+    "causal_conv",
+    "dequantize_block_fp8",
+    "gated_delta_rule",
+    "gated_delta_rule_recurrent",
+    "gated_rms_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "route",
+    "swiglu_experts",
+    "use",
+]

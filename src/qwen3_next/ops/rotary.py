@@ -1,0 +1,98 @@
+"""Rotary position embedding on the first part of each head, with YaRN for contexts beyond the trained one."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from qwen3_next.ops.backend import accelerated
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """The settings of YaRN (Peng et al. 2023, arXiv:2309.00071).
+
+    Attributes:
+        factor: context extension, at least 1.
+        original_length: the context that the model was trained at, in tokens.
+        beta_fast: rotations over the original context above which a frequency is kept.
+        beta_slow: rotations below which a frequency is divided by `factor`.
+        attention_factor: multiplies cos and sin; None takes `0.1 ln(factor) + 1` (section 3.4).
+        truncate: round the borders of the ramp to whole dimensions.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+
+def rotary_frequencies(
+    rotary_dim: int, theta: float, linear_factor: float = 1.0, yarn: YarnScaling | None = None
+) -> Float[Tensor, "R"]:
+    """The R = rotary_dim / 2 angular frequencies, in radians per token, fp32.
+
+    Args:
+        rotary_dim: how many leading dimensions of a head are rotated (even).
+        theta: base of the geometric series (Su et al. 2021, arXiv:2104.09864, section 3.2.2).
+        linear_factor: divides every frequency ("linear" position interpolation).
+        yarn: blends kept and divided frequencies ("NTK-by-parts", arXiv:2309.00071, eq. 17-19).
+    """
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
+    frequencies = 1.0 / (theta**exponents) / linear_factor
+    if yarn is None:
+        return frequencies
+    kept = _share_kept(rotary_dim, theta, yarn)
+    return frequencies / yarn.factor * (1 - kept) + frequencies * kept
+
+
+def yarn_attention_factor(yarn: YarnScaling | None) -> float:
+    """What cos and sin are multiplied with so that attention keeps its temperature over a longer context."""
+    if yarn is None:
+        return 1.0
+    if yarn.attention_factor is not None:
+        return yarn.attention_factor
+    return 0.1 * math.log(yarn.factor) + 1.0 if yarn.factor > 1 else 1.0
+
+
+def _share_kept(rotary_dim: int, theta: float, yarn: YarnScaling) -> Float[Tensor, "R"]:
+    """1 for the fast dimensions that keep their frequency, 0 for the slow ones, a ramp between."""
+    low, high = (_dimension_of(turns, rotary_dim, theta, yarn) for turns in (yarn.beta_fast, yarn.beta_slow))
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    width = high - low if high != low else 0.001
+    ramp = (torch.arange(rotary_dim // 2, dtype=torch.float32) - low) / width
+    return 1 - ramp.clamp(0, 1)
+
+
+def _dimension_of(turns: float, rotary_dim: int, theta: float, yarn: YarnScaling) -> float:
+    """The dimension that turns this often over the original context."""
+    return rotary_dim * math.log(yarn.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+
+def rotary_tables(
+    positions: Int[Tensor, "T"], frequencies: Float[Tensor, "R"], attention_factor: float, dtype: torch.dtype
+) -> tuple[Float[Tensor, "T 1 R"], Float[Tensor, "T 1 R"]]:
+    """cos and sin of every angle, computed in fp32 and rounded once to `dtype`, ready to broadcast over heads."""
+    angles = positions[:, None].float() * frequencies
+    cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
+    return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+
+
+@accelerated("rotary_triton")
+def apply_rotary(
+    x: Float[Tensor, "T H Dh"], cos: Float[Tensor, "T 1 R"], sin: Float[Tensor, "T 1 R"]
+) -> Float[Tensor, "T H Dh"]:
+    """Rotate the first 2R dimensions of each head; the others pass unchanged.
+
+    Dimension i turns together with dimension i + R (the "half-split" pairing): a' = a cos - b sin, b' = b cos + a sin.
+    (Su et al. 2021, arXiv:2104.09864, eq. 34.)
+    """
+    half = cos.shape[-1]
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)

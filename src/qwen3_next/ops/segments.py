@@ -1,0 +1,87 @@
+"""Where each packed sequence starts and ends, known to the device and to the host."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """The borders of N sequences packed into T tokens.
+
+    Attributes:
+        cu_seqlens: `[N+1]` int32 on the device; sequence n owns the tokens `cu_seqlens[n]:cu_seqlens[n+1]`.
+        lengths: the same N lengths as host integers (zero is allowed), so that no operation has to wait for the
+            device to learn a shape.
+
+    Indices derived from the borders are computed once per object; one object serves all layers of a forward pass.
+    """
+
+    cu_seqlens: Int[Tensor, "N+1"]
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> "Segments":
+        """Borders of sequences with these lengths, in this order."""
+        borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return cls(_to_device(borders, device), tuple(lengths))
+
+    @classmethod
+    def uniform(cls, count: int, length: int, device: torch.device | str | None = None) -> "Segments":
+        """Borders of `count` sequences of one length, made on the device itself."""
+        borders = torch.arange(count + 1, dtype=torch.int32, device=device) * length
+        return cls(borders, (length,) * count)
+
+    @property
+    def count(self) -> int:
+        """N, the number of sequences."""
+        return len(self.lengths)
+
+    @cached_property
+    def total(self) -> int:
+        """T, the number of packed tokens."""
+        return sum(self.lengths)
+
+    @cached_property
+    def max_length(self) -> int:
+        """The length of the longest sequence; 0 where there is none."""
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether all sequences have the same length, so that `[T, ...]` views as `[N, length, ...]`."""
+        return self.count > 0 and self.max_length * self.count == self.total
+
+    @property
+    def device(self) -> torch.device:
+        """The device of `cu_seqlens`."""
+        return self.cu_seqlens.device
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The index of each sequence's first token."""
+        return tuple(accumulate(self.lengths[:-1], initial=0)) if self.lengths else ()
+
+    @cached_property
+    def sequence_ids(self) -> Int[Tensor, "T"]:
+        """The sequence that each token belongs to."""
+        counts = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).long()
+        ids = torch.arange(self.count, device=self.device)
+        return ids.repeat_interleave(counts, output_size=self.total)
+
+    @cached_property
+    def offsets(self) -> Int[Tensor, "T"]:
+        """The index of each token inside its sequence."""
+        return torch.arange(self.total, device=self.device) - self.cu_seqlens[:-1].long()[self.sequence_ids]
+
+
+def _to_device(values: Tensor, device: torch.device | str | None) -> Tensor:
+    """Copy host values without making the host wait for the device."""
+    if device is None or torch.device(device).type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,65 @@
+"""Helpers shared by all tests."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from qwen3_next import Qwen3NextConfig, Qwen3NextForCausalLM
+
+
+def tiny_config(**changes: Any) -> Qwen3NextConfig:
+    """A model with every part of the family, small enough for a test."""
+    settings: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        "pad_token_id": None,
+    }
+    return Qwen3NextConfig(**(settings | changes))
+
+
+def tiny_model(seed: int = 0, **changes: Any) -> Qwen3NextForCausalLM:
+    """A random model whose every parameter is away from its resting value."""
+    torch.manual_seed(seed)
+    model = Qwen3NextForCausalLM(tiny_config(**changes)).eval()
+    scramble(model)
+    return model
+
+
+@torch.no_grad()
+def scramble(model: torch.nn.Module) -> None:
+    """Move every parameter, norm weights included, so that none of them can hide behind a neutral value.
+
+    Decays are kept moderate: with strong ones a sum of logarithms loses digits in fp32 that the comparisons need
+    (tests/ops compares extreme decays with fp64).
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):
+            parameter.uniform_(-3.0, 0.0)
+        else:
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+EVERY_EXPERT = {"num_experts": 4, "num_experts_per_tok": 4}
+"""Each token uses all experts: no rounding difference can flip a choice, whatever the random weights."""
+
+
+@pytest.fixture
+def model() -> Qwen3NextForCausalLM:
+    """A fresh tiny model."""
+    return tiny_model()
