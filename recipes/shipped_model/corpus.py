@@ -19,7 +19,9 @@ def rows(data: Path, pattern: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of every file of `data` whose name matches `pattern`, in file-name order."""
     files = sorted(data.glob(pattern))
     if not files:
-        raise FileNotFoundError(f"{data} holds no file named {pattern}; give the folder that holds the .jsonl.zst files.")
+        raise FileNotFoundError(
+            f"{data} holds no file named {pattern}; give the folder that holds the .jsonl.zst files."
+        )
     for file in files:
         with file.open("rb") as compressed:
             stream = zstandard.ZstdDecompressor().stream_reader(compressed)

@@ -1,6 +1,6 @@
 """Train the shipped model's tokenizer: a byte-level BPE of 4096 entries in Qwen's format.
 
-    python recipes/shipped_model/make_tokenizer.py DATA src/qwen3_next/assets
+python recipes/shipped_model/make_tokenizer.py DATA src/qwen3_next/assets
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def train(data: Path) -> Tokenizer:
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in CONTROL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in MARKUP_TOKENS])
     if tokenizer.get_vocab_size() != VOCABULARY:
-        raise ValueError(f"the vocabulary has {tokenizer.get_vocab_size()} entries instead of {VOCABULARY}: more text is needed.")
+        raise ValueError(
+            f"the vocabulary has {tokenizer.get_vocab_size()} entries instead of {VOCABULARY}: more text is needed."
+        )
     return tokenizer
 
 

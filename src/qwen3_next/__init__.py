@@ -1,7 +1,7 @@
 """Qwen3-Next: load it, run it, train it, save it.
 
-    import qwen3_next
-    qwen3_next.register()  # the Auto classes of transformers now return the classes of this package
+import qwen3_next
+qwen3_next.register()  # the Auto classes of transformers now return the classes of this package
 """
 
 from qwen3_next.auto import register

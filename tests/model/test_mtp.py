@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.conftest import tiny_model
+from tests.model.reference import relative_error
 from torch import Tensor
 
 from qwen3_next import InputError, Qwen3NextForCausalLM
 from qwen3_next.model.inputs import PackedInputs
 from qwen3_next.ops.segments import Segments
-from tests.conftest import tiny_model
-from tests.model.reference import relative_error
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -21,9 +21,10 @@ def restated_mtp_logits(model: Qwen3NextForCausalLM, tokens: Tensor) -> Tensor:
     mtp, layer = model.mtp, model.mtp.layers[0]
     hidden = model.model(tokens).last_hidden_state[0, :-1]
     embedded = model.model.embed_tokens(tokens[0, 1:])
-    x = torch.cat(
-        [norm(embedded, mtp.pre_fc_norm_embedding.weight), norm(hidden, mtp.pre_fc_norm_hidden.weight)], -1
-    ) @ mtp.fc.weight.t()
+    x = (
+        torch.cat([norm(embedded, mtp.pre_fc_norm_embedding.weight), norm(hidden, mtp.pre_fc_norm_hidden.weight)], -1)
+        @ mtp.fc.weight.t()
+    )
     n = x.shape[0]
     mixed = norm(x, layer.input_layernorm.weight)
     a = layer.self_attn
@@ -91,7 +92,9 @@ def test_packed_losses_are_the_losses_of_the_forward_pass() -> None:
     losses = model.packed_losses(inputs, targets)
     output = model(tokens, labels=tokens)
     torch.testing.assert_close(losses.lm.sum() / 39, output.lm_loss)
-    torch.testing.assert_close(torch.stack([losses.mtp[0].sum() / 38, losses.mtp[1].sum() / 37]).mean(), output.mtp_loss)
+    torch.testing.assert_close(
+        torch.stack([losses.mtp[0].sum() / 38, losses.mtp[1].sum() / 37]).mean(), output.mtp_loss
+    )
     assert [int((t != -100).sum()) for t in losses.targets] == [39, 38, 37]
     assert len(losses.routings) == 4 + 2
 

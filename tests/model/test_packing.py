@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.conftest import EVERY_EXPERT, tiny_model
+from tests.model.reference import relative_error
 from transformers import DynamicCache, StaticCache
 
 from qwen3_next.errors import InputError
-from tests.conftest import EVERY_EXPERT, tiny_model
-from tests.model.reference import relative_error
 
 TOLERANCE = 1e-5
 

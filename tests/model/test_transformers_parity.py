@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-
-from qwen3_next import Qwen3NextForCausalLM
 from tests.conftest import EVERY_EXPERT, tiny_model
 from tests.model.reference import peer_of, relative_error
+
+from qwen3_next import Qwen3NextForCausalLM
 
 YARN = {
     "rope_type": "yarn",
@@ -28,7 +28,9 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "attention first": {"layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"]},
     "odd layers": {"num_hidden_layers": 5, "head_dim": 24, "hidden_size": 40, "attention_bias": True},
     "yarn": {"rope_parameters": YARN, "max_position_embeddings": 512},
-    "linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e6, "partial_rotary_factor": 1.0, "factor": 2.0}},
+    "linear rope": {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 5e6, "partial_rotary_factor": 1.0, "factor": 2.0}
+    },
     "tied": {"tie_word_embeddings": True},
     "only attention": {"layer_types": ["full_attention"] * 4},
     "only delta net": {"layer_types": ["linear_attention"] * 3 + ["full_attention"], "rms_norm_eps": 1e-5},

@@ -272,9 +272,7 @@ class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
         assert inputs.rows is not None
         rotary = self.model.rotary_emb(inputs.positions, hidden.dtype)
         embeddings = self.model.embed_tokens(inputs.token_ids)
-        prediction = self.mtp(
-            embeddings, inputs.rows.pack(hidden), inputs, rotary, TransformersCache.of(cache, inputs)
-        )
+        prediction = self.mtp(embeddings, inputs.rows.pack(hidden), inputs, rotary, TransformersCache.of(cache, inputs))
         return inputs.rows.unpack(prediction.hidden)
 
     @staticmethod

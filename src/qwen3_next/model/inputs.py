@@ -182,7 +182,14 @@ def _starts_at_restarts(positions: Int[Tensor, "T"], rows: PaddedRows) -> Bool[T
 def _starts_at_borders(borders: Int[Tensor, "N+1"], rows: PaddedRows, device: torch.device) -> Bool[Tensor, "T"]:
     ends: list[int] = borders.tolist()
     rising = all(a <= b for a, b in itertools.pairwise(ends))
-    if rows.batch != 1 or rows.kept is not None or rows.past or not rising or ends[:1] != [0] or ends[-1] != rows.length:
+    if (
+        rows.batch != 1
+        or rows.kept is not None
+        or rows.past
+        or not rising
+        or ends[:1] != [0]
+        or ends[-1] != rows.length
+    ):
         raise InputError(
             f"cu_seq_lens_q={ends} must rise from 0 to the length of a single row without padding and without a "
             f"cache; got {rows.batch} rows of {rows.length} tokens, {rows.past} of them cached before."

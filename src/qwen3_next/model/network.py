@@ -189,7 +189,9 @@ def refuse_unknown(arguments: dict[str, object]) -> None:
     """A misspelt argument must not pass unnoticed; those that transformers hands to every model may."""
     unknown = sorted(set(arguments) - _HANDED_TO_EVERY_MODEL)
     if unknown:
-        raise InputError(f"unknown argument(s) {', '.join(unknown)}; see the docstring of `forward` for those it takes.")
+        raise InputError(
+            f"unknown argument(s) {', '.join(unknown)}; see the docstring of `forward` for those it takes."
+        )
 
 
 _HANDED_TO_EVERY_MODEL = {

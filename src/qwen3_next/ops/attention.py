@@ -56,9 +56,7 @@ def _attend_packed(
     return output
 
 
-def _attend_each(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, key_segments: Segments, dropout: float
-) -> Tensor:
+def _attend_each(q: Tensor, k: Tensor, v: Tensor, segments: Segments, key_segments: Segments, dropout: float) -> Tensor:
     parts = zip(q.split(segments.lengths), k.split(key_segments.lengths), v.split(key_segments.lengths), strict=True)
     outputs = [_attend(qn[None], kn[None], vn[None], dropout)[0] for qn, kn, vn in parts if qn.shape[0]]
     return torch.cat(outputs)

@@ -30,8 +30,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
         losses = [
-            _chunk_loss(h, weight, t, ignore_index)
-            for h, t in zip(*_chunks(weight, hidden, targets), strict=True)
+            _chunk_loss(h, weight, t, ignore_index) for h, t in zip(*_chunks(weight, hidden, targets), strict=True)
         ]
         ctx.save_for_backward(hidden, weight, targets)
         ctx.ignore_index = ignore_index

@@ -154,14 +154,14 @@ def _step(
     return q @ state, state
 
 
-_WAVE = {"cpu": 4, "cuda": 256}
-"""Chunks solved at a time: on a CPU so that the passes over them run in cache, on a GPU to bound the memory."""
+_WAVE = {"cpu": 128, "cuda": 16384}
+"""Chunks x heads solved at a time: on a CPU so that the passes over them run in cache, on a GPU to bound the memory."""
 
 
 def _chunked(args: _Arguments, chunks: Chunks) -> tuple[Float[Tensor, "T Hv Dv"], Float[Tensor, "N Hv Dk Dv"]]:
     heads = args.v.shape[1]
     fields = (args.q, args.k, args.v, args.log_decay[..., None], args.beta[..., None])
-    waves = _waves(chunks.active, _WAVE.get(args.v.device.type, 256))
+    waves = _waves(chunks.active, max(1, _WAVE.get(args.v.device.type, 16384) // heads))
     grids = (chunks.split(x).split([sum(wave) for wave in waves]) for x in fields)
     state = chunks.sort(args.state).flatten(0, 1)
     outputs: list[Tensor] = []

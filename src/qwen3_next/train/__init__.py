@@ -1,7 +1,7 @@
 """Training: packed documents in, published checkpoints out.
 
-    from qwen3_next.train import train
-    train("config.toml")
+from qwen3_next.train import train
+train("config.toml")
 """
 
 from qwen3_next.train.config import TrainConfig

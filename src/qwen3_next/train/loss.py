@@ -91,7 +91,9 @@ def batch_loss(
     return BatchLoss(total, lm.detach(), mtp.detach(), balance.detach(), load)
 
 
-def count_load(model: Qwen3NextForCausalLM, inputs: PackedInputs, targets: Int[Tensor, "T"], buffer: LoadBuffer) -> None:
+def count_load(
+    model: Qwen3NextForCausalLM, inputs: PackedInputs, targets: Int[Tensor, "T"], buffer: LoadBuffer
+) -> None:
     """Add a batch's load to the buffer without computing gradients."""
     with torch.no_grad():
         losses = model.packed_losses(inputs, targets)

@@ -72,7 +72,9 @@ def _fingerprint(files: Sequence[Path], tokenizer_path: str) -> str:
     digest = hashlib.sha256(tokenizer_path.encode())
     for file in files:
         if not file.is_file():
-            raise DataError(f"{file} is neither a file nor a tokenised directory; correct data.train or data.validation.")
+            raise DataError(
+                f"{file} is neither a file nor a tokenised directory; correct data.train or data.validation."
+            )
         stat = file.stat()
         digest.update(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]

@@ -62,7 +62,9 @@ class TokenStore:
         for name, expected in _read_meta(self.path / META).get("sha256", {}).items():
             found = _sha256(self.path / name)
             if found != expected:
-                raise DataError(f"{self.path / name}: checksum {found[:12]}... instead of {expected[:12]}...; copy it again.")
+                raise DataError(
+                    f"{self.path / name}: checksum {found[:12]}... instead of {expected[:12]}...; copy it again."
+                )
 
     @property
     def documents(self) -> int:

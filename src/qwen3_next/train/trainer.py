@@ -156,7 +156,9 @@ class _Run:
             self._refuse_divergence()
             row = self.meter.read(self.progress) | _norm_weights(self.model)
             log.row(step, row)
-            bar.update(task, completed=step, loss=f"loss {row['loss/lm']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
+            bar.update(
+                task, completed=step, loss=f"loss {row['loss/lm']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
+            )
         if (run.validate_every and step % run.validate_every == 0) or is_last:
             self._validate(log)
         if run.checkpoint_every and step % run.checkpoint_every == 0 and not is_last:
@@ -294,7 +296,9 @@ def _refuse_other_settings(saved: Mapping[str, Any], config: TrainConfig) -> Non
 
 def _norm_weights(model: Qwen3NextForCausalLM) -> dict[str, float]:
     """The largest zero-centred norm weight, whose growth Qwen3-Next watches for."""
-    weights = [p.detach().abs().max() for n, p in model.named_parameters() if n.endswith("norm.weight") and p.dim() == 1]
+    weights = [
+        p.detach().abs().max() for n, p in model.named_parameters() if n.endswith("norm.weight") and p.dim() == 1
+    ]
     return {"max_norm_weight": torch.stack(weights).max().item()}
 
 
