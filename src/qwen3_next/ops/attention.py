@@ -1,6 +1,7 @@
 """Causal grouped-query attention over packed sequences, with or without earlier keys."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,19 +42,26 @@ def attention(
         return torch.zeros_like(q)
     if segments.is_uniform and key_segments.is_uniform:
         return _attend(*(_batched(x, segments.count) for x in (q, k, v)), dropout).flatten(0, 1)
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if _flash_takes(q):
         return _attend_packed(q, k, v, segments, key_segments, dropout)
     return _attend_each(q, k, v, segments, key_segments, dropout)
+
+
+def _flash_takes(q: Tensor) -> bool:
+    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return fits and q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def _attend_packed(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, key_segments: Segments, dropout: float
 ) -> Tensor:
-    """torch's own FlashAttention kernel over sequences of many lengths in one call."""
-    borders = segments.cu_seqlens, key_segments.cu_seqlens
-    longest = segments.max_length, key_segments.max_length
-    output, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *borders, *longest, dropout, True, False)
-    return output
+    """torch's own FlashAttention kernel over sequences of many lengths in one call, backward pass included.
+
+    The operator behind `torch.nn.attention.varlen`, whose public function knows no grouped heads before torch 2.13.
+    """
+    lengths = segments.cu_seqlens, key_segments.cu_seqlens, segments.max_length, key_segments.max_length
+    kernel = cast(Callable[..., tuple[Tensor, ...]], torch.ops.aten._flash_attention_forward)
+    return kernel(q, k, v, *lengths, dropout, True, False)[0]
 
 
 def _attend_each(q: Tensor, k: Tensor, v: Tensor, segments: Segments, key_segments: Segments, dropout: float) -> Tensor:

@@ -1,10 +1,10 @@
 """The one place where the implementation of an operation is chosen.
 
-Every operation is written twice at most: its plain-PyTorch definition and, in the next file, a twin of the same name and
-signature for the GPU. `@accelerated("<module of the twin>")` stands on the definition; `use(...)` selects.
+Every operation is written twice at most: its plain-PyTorch definition and, in the next file, a twin of the same name
+and signature for the GPU. `@accelerated("<module of the twin>")` stands on the definition; `use(...)` selects.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, wraps
@@ -25,7 +25,7 @@ R = TypeVar("R")
 
 
 @contextmanager
-def use(backend: Backend) -> Iterator[None]:
+def use(backend: Backend) -> Generator[None, None, None]:
     """Select the backend of all operations inside a `with` block.
 
     Args:

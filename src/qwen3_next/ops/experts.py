@@ -151,7 +151,6 @@ class _ExpertLoop:
 
 
 def _grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> _GroupedGemm | _ExpertLoop:
-    if x.is_cuda and x.dtype is torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0):
-        if all(size % _ALIGNMENT == 0 for size in (weight.shape[1] // 2, weight.shape[2])):
-            return _GroupedGemm(counts)
-    return _ExpertLoop(counts)
+    aligned = all(size % _ALIGNMENT == 0 for size in (weight.shape[1] // 2, weight.shape[2]))
+    on_hopper = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return _GroupedGemm(counts) if on_hopper and aligned and x.dtype is torch.bfloat16 else _ExpertLoop(counts)
