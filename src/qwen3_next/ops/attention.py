@@ -41,7 +41,8 @@ def attention(
     if segments.total == 0:
         return torch.zeros_like(q)
     if segments.is_uniform and key_segments.is_uniform:
-        return _attend(*(_batched(x, segments.count) for x in (q, k, v)), dropout).flatten(0, 1)
+        q, k, v = (_batched(x, segments.count) for x in (q, k, v))
+        return _attend(q, k, v, dropout).flatten(0, 1)
     if _flash_takes(q):
         return _attend_packed(q, k, v, segments, key_segments, dropout)
     return _attend_each(q, k, v, segments, key_segments, dropout)
