@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
+from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.errors import InputError
 from qwen3_next.model.inputs import PackedInputs, PaddedRows
 
@@ -113,9 +114,15 @@ class _AttentionLayer(NamedTuple):
         return self.rows.past == 0
 
     def append(self, k: Tensor, v: Tensor) -> CachedKeys:
+        filled = self.rows.past + self.rows.length
+        room = self.cache.get_max_length(self.layer)
+        if 0 <= room < filled:
+            raise InputError(
+                f"{filled} tokens do not fit a static cache of {room}; make it with max_cache_len={filled} or more."
+            )
         keys, values = (self.rows.unpack(x).transpose(1, 2) for x in (k, v))
         keys, values = self.cache.update(keys, values, self.layer)
-        filled = self.rows.past + self.rows.length  # a static cache hands back its empty tail as well
+        # A static cache hands back its empty tail as well.
         keys, values = (x[:, :, :filled].transpose(1, 2) for x in (keys, values))
         return CachedKeys(keys, values, None if self.rows.key_valid is None else self.rows.visibility(k.device))
 
@@ -132,12 +139,23 @@ class _DeltaNetLayer(NamedTuple):
 
     def write(self, state: DeltaNetState) -> None:
         states = self.cache.layers[self.layer]
+        if states.record_past:
+            raise InputError(
+                f"the cache was told to record its past (`activate_past_recording`), but layer {self.layer} is a Gated "
+                "DeltaNet layer, whose state cannot be rolled back; copy the cache before the tokens that may be undone."
+            )
         window = F.pad(state.conv, (1, 0))  # transformers keeps a window of W inputs, of which W - 1 are ever read
         if not states.is_conv_states_initialized[0]:
             states.lazy_initialization(conv_states=window)
         states.conv_states[0].copy_(window)
         states.has_previous_state[0] = True
         self.cache.update_recurrent_state(state.recurrent, self.layer)
+
+
+def complete_layers(cache: Cache, config: Qwen3NextConfig) -> None:
+    """Give an empty `DynamicCache()`, which would grow attention layers only, the layers of this model."""
+    if not cache.layers and cache.layer_class_to_replicate is not None:
+        cache.layers.extend(DynamicCache(config=config).layers)
 
 
 def cached_length(cache: Cache | None) -> int:

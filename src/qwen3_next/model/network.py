@@ -11,7 +11,7 @@ from transformers.utils.generic import can_return_tuple
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.errors import InputError
-from qwen3_next.model.cache import ModelCache, TransformersCache, cached_length
+from qwen3_next.model.cache import ModelCache, TransformersCache, cached_length, complete_layers
 from qwen3_next.model.decoder import DecoderLayer, LayerOutput, RecomputedLayer
 from qwen3_next.model.inputs import PackedInputs, PaddedRows, pack_rows
 from qwen3_next.model.layers import RMSNorm, RotaryEmbedding, RotaryTables
@@ -168,6 +168,8 @@ class Qwen3NextModel(Qwen3NextPreTrainedModel):
         assert inputs.rows is not None
         if past_key_values is None and self._creates_cache(use_cache, inputs.rows):
             past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            complete_layers(past_key_values, self.config)
         output = self.forward_packed(
             inputs,
             TransformersCache.of(past_key_values, inputs),

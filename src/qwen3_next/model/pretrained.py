@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.model import weights
 from qwen3_next.model.delta_net import GatedDeltaNet
 from qwen3_next.model.layers import CausalConvolution, GatedRMSNorm, RMSNorm, RotaryEmbedding, rotary_settings
+from qwen3_next.model.lazy_tensor import LazyTensor
 from qwen3_next.model.moe import Experts, Router
 
 logger = logging.get_logger(__name__)
@@ -35,6 +37,8 @@ class Qwen3NextPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False
     _is_stateful = True
     _can_compile_fullgraph = False
+    # Left over in the classes without the layer; the causal LM refuses a checkpoint that does not fit it.
+    _keys_to_ignore_on_load_unexpected = [r"^mtp\."]  # noqa: RUF012  a class attribute by transformers' protocol
     _keep_in_fp32_modules_strict = {"A_log", "dt_bias"}
 
     @torch.no_grad()
@@ -78,8 +82,10 @@ class Qwen3NextPreTrainedModel(PreTrainedModel):
                 [Path(file) for file in checkpoint_files], (load_config.sharded_metadata or {}).get("weight_map")
             )
             state_dict = _checked_state_dict(model, checkpoint, load_config)
-            # Weights offloaded to disk are read where they lie, which fp8 bytes cannot be: they are written anew.
-            checkpoint_files = None if checkpoint.is_quantized else checkpoint_files
+            # Weights offloaded to disk are read where they lie under the name they have there. fp8 bytes cannot be, and
+            # a body of another name is not found: those are written anew.
+            as_stored = not checkpoint.is_quantized and checkpoint.parameters.keys() >= state_dict.keys()
+            checkpoint_files = checkpoint_files if as_stored else None
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     def save_pretrained(
@@ -140,6 +146,7 @@ def _checked_state_dict(
     model: Qwen3NextPreTrainedModel, checkpoint: weights.Checkpoint, load_config: Any
 ) -> dict[str, Any]:
     _settle_mtp(model, checkpoint)
+    checkpoint = replace(checkpoint, parameters=_with_body_named(model.base_model_prefix, checkpoint.parameters))
     expected = model.state_dict()
     found = checkpoint.in_memory_shapes()
     if not load_config.ignore_mismatched_sizes:
@@ -152,6 +159,15 @@ def _checked_state_dict(
             may_exceed=may_exceed,
         )
     return checkpoint.lazy_state_dict({name: tensor.dtype for name, tensor in expected.items()})
+
+
+def _with_body_named(prefix: str, parameters: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The network is `transformer.` in question answering and `model.` in every other class, as transformers has it."""
+    other = {"model": "transformer.", "transformer": "model."}[prefix]
+    return {
+        f"{prefix}.{name.removeprefix(other)}" if name.startswith(other) else name: lazy
+        for name, lazy in parameters.items()
+    }
 
 
 def _settle_mtp(model: Qwen3NextPreTrainedModel, checkpoint: weights.Checkpoint) -> None:
