@@ -52,7 +52,7 @@ def _one_token_each(x: Tensor, weight: Tensor, initial_state: Tensor) -> ConvOut
     """Decoding: the window is the state plus the token, in the layout that the state already has."""
     window = torch.cat([initial_state, x[..., None]], dim=-1)
     output = F.silu((window * weight.to(_accumulator(x))).sum(-1))
-    return ConvOutput(output.to(x.dtype), window[..., 1:].contiguous())
+    return ConvOutput(output.to(x.dtype), window[..., 1:])
 
 
 def _equal_lengths(x: Tensor, weight: Tensor, segments: Segments, initial_state: Tensor) -> ConvOutput:

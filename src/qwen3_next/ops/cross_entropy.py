@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -41,10 +42,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         hidden_grad = torch.empty_like(hidden)
         weight_grad = torch.zeros_like(weight, dtype=torch.float32)
-        for h, t, g, out in zip(*_chunks(weight, hidden, targets, grads[0], hidden_grad), strict=True):
-            logits_grad = _chunk_logits_grad(h, weight, t, g, ctx.ignore_index)
-            out.copy_(logits_grad @ weight)
-            weight_grad += logits_grad.t() @ h
+        scales = (grads[0] * (targets != ctx.ignore_index))[:, None]
+        for h, t, scale, out in zip(*_chunks(weight, hidden, targets, scales, hidden_grad), strict=True):
+            logits_grad = _chunk_logits_grad(h, weight, t)
+            torch.mul(logits_grad @ weight, scale, out=out)
+            weight_grad += logits_grad.t() @ (h * scale).to(h.dtype)
         return hidden_grad, weight_grad.to(weight.dtype), None, None
 
 
@@ -54,14 +56,13 @@ def _chunks(weight: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 def _chunk_loss(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    logits = (hidden @ weight.t()).float()
-    return torch.nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
+    log_probabilities = (hidden @ weight.t()).log_softmax(dim=-1, dtype=torch.float32)
+    return F.nll_loss(log_probabilities, targets, ignore_index=ignore_index, reduction="none")
 
 
-def _chunk_logits_grad(hidden: Tensor, weight: Tensor, targets: Tensor, grad: Tensor, ignore_index: int) -> Tensor:
-    """d loss / d logits = (softmax - onehot) x incoming gradient, 0 where ignored."""
-    probabilities = (hidden @ weight.t()).float().softmax(dim=-1)
-    kept = targets != ignore_index
+def _chunk_logits_grad(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """d loss / d logits = softmax - onehot; the incoming gradient scales rows, which waits for the narrow products."""
+    gradient = (hidden @ weight.t()).softmax(dim=-1, dtype=torch.float32)
     column = targets.clamp_min(0)[:, None]
-    probabilities.scatter_add_(1, column, torch.full_like(column, -1, dtype=probabilities.dtype))
-    return (probabilities * (grad * kept)[:, None]).to(hidden.dtype)
+    gradient.scatter_add_(1, column, torch.full_like(column, -1, dtype=torch.float32))
+    return gradient.to(hidden.dtype)

@@ -54,8 +54,9 @@ def route(
     logits = F.linear(x, gate_weight)
     probabilities = logits.softmax(dim=-1, dtype=torch.float32)
     if experts is None:
-        experts = probabilities.detach().topk(top_k, dim=-1).indices
-    weights = probabilities.gather(-1, experts)
+        weights, experts = probabilities.topk(top_k, dim=-1)
+    else:
+        weights = probabilities.gather(-1, experts)
     if normalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return Routing(logits, probabilities, weights.to(logits.dtype), experts)
@@ -80,9 +81,9 @@ def swiglu_experts(
     if x.is_cuda and experts.numel() <= _GATHER_LIMIT and not torch.is_grad_enabled():
         return _gathered(x, gate_up_proj, down_proj, weights, experts)
     top_k = experts.shape[1]
-    order = experts.flatten().argsort(stable=True)
+    by_expert, order = experts.flatten().sort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    product = _grouped_product(x, gate_up_proj, expert_counts(experts, gate_up_proj.shape[0]))
+    product = _grouped_product(x, gate_up_proj, by_expert)
     gate, up = product(_permuted(x, order // top_k, inverse, top_k), gate_up_proj).chunk(2, dim=-1)
     outputs = _permuted(product(F.silu(gate) * up, down_proj), inverse, order, 1)
     return (outputs.view(*experts.shape, -1) * weights[..., None]).sum(dim=1)
@@ -120,17 +121,18 @@ class _Permutation(torch.autograd.Function):
 
 def _gathered(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
     pairs = experts.flatten()
-    repeated = x.repeat_interleave(experts.shape[1], dim=0)[..., None]
+    repeated = x[:, None].expand(-1, experts.shape[1], -1).flatten(0, 1)[..., None]
     gate, up = torch.bmm(gate_up_proj[pairs], repeated).chunk(2, dim=1)
     outputs = torch.bmm(down_proj[pairs], F.silu(gate) * up)
-    return (outputs.view(*experts.shape, -1) * weights[..., None]).sum(dim=1)
+    return torch.bmm(weights[:, None], outputs.view(*experts.shape, -1))[:, 0]
 
 
 class _GroupedGemm:
     """Rows grouped by expert times the experts' matrices, in one GPU kernel (bf16)."""
 
-    def __init__(self, counts: Int[Tensor, "E"]) -> None:
-        self.borders = counts.cumsum(0).to(torch.int32)
+    def __init__(self, by_expert: Int[Tensor, "P"], num_experts: int) -> None:
+        numbers = torch.arange(num_experts, device=by_expert.device)
+        self.borders = torch.searchsorted(by_expert, numbers, right=True, out_int32=True)
 
     def __call__(self, x: Float[Tensor, "P I"], weight: Float[Tensor, "E O I"]) -> Float[Tensor, "P O"]:
         return F.grouped_mm(x, weight.transpose(1, 2), offs=self.borders)
@@ -139,10 +141,10 @@ class _GroupedGemm:
 class _ExpertLoop:
     """The same product, one matrix multiplication for each expert that was hit."""
 
-    def __init__(self, counts: Int[Tensor, "E"]) -> None:
-        hits = [(expert, count) for expert, count in enumerate(counts.tolist()) if count]
-        self.hit = [expert for expert, _ in hits]
-        self.sizes = [count for _, count in hits]
+    def __init__(self, by_expert: Int[Tensor, "P"]) -> None:
+        hit, sizes = by_expert.unique_consecutive(return_counts=True)
+        self.hit: list[int] = hit.tolist()
+        self.sizes: list[int] = sizes.tolist()
 
     def __call__(self, x: Float[Tensor, "P I"], weight: Float[Tensor, "E O I"]) -> Float[Tensor, "P O"]:
         # Indexing one expert costs a full-size gradient each; unbind costs one for all of them together.
@@ -150,7 +152,10 @@ class _ExpertLoop:
         return torch.cat([rows @ matrices[e].t() for rows, e in zip(x.split(self.sizes), self.hit, strict=True)])
 
 
-def _grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> _GroupedGemm | _ExpertLoop:
+def _grouped_product(x: Tensor, weight: Tensor, by_expert: Tensor) -> _GroupedGemm | _ExpertLoop:
+    """`by_expert` is the expert of each row, in rising order."""
     aligned = all(size % _ALIGNMENT == 0 for size in (weight.shape[1] // 2, weight.shape[2]))
     on_hopper = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return _GroupedGemm(counts) if on_hopper and aligned and x.dtype is torch.bfloat16 else _ExpertLoop(counts)
+    if on_hopper and aligned and x.dtype is torch.bfloat16:
+        return _GroupedGemm(by_expert, weight.shape[0])
+    return _ExpertLoop(by_expert)

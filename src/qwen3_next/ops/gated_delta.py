@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -115,12 +116,10 @@ def _prepare(
     width = q.shape[-1]
     if state is None:
         state = v.new_zeros(segments.count, v.shape[1], width, v.shape[2], dtype=dtype)
-    q, k = _normalise(torch.stack([q, k]).to(dtype)).unbind()
-    return _Arguments(q * width**-0.5, k, v.to(dtype), log_decay.to(dtype), beta.to(dtype), state.to(dtype))
-
-
-def _normalise(x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _NORM_EPS)
+    # |x|^2 is `width` times the mean square that the (fused) RMS norm divides by.
+    q, k = F.rms_norm(torch.stack([q, k]).to(dtype), (width,), None, _NORM_EPS / width).unbind()
+    q, k = q * (1 / width), k * width**-0.5
+    return _Arguments(q, k, v.to(dtype), log_decay.to(dtype), beta.to(dtype), state.to(dtype))
 
 
 def _steps(args: _Arguments, count: int) -> tuple[Float[Tensor, "T Hv Dv"], Float[Tensor, "N Hv Dk Dv"]]:
@@ -233,7 +232,7 @@ def _decay_ratios(sums: Float[Tensor, "*B L 1"], dtype: torch.dtype) -> Float[Te
     """
     length = sums.shape[-2]
     future = torch.ones(length, length, dtype=torch.bool, device=sums.device).triu(1)
-    return (sums - sums.mT).to(dtype).masked_fill(future, float("-inf")).exp()
+    return (sums - sums.mT).to(dtype).masked_fill_(future, float("-inf")).exp_()
 
 
 def _unit_lower_inverse(system: Float[Tensor, "*B L L"]) -> Float[Tensor, "*B L L"]:

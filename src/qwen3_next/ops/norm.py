@@ -27,5 +27,5 @@ def gated_rms_norm(
     The normalised value is rounded to `x.dtype` before it meets the weight, and the gate acts in fp32, as the published
     model computes it. (Yang et al. 2024, arXiv:2412.06464, section 3.4, output gate.)
     """
-    normed = F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype) * weight
+    normed = F.rms_norm(x, (x.shape[-1],), None, eps) * weight  # computed in fp32, rounded to x.dtype
     return (normed * F.silu(gate.float())).to(x.dtype)
