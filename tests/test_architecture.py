@@ -33,9 +33,12 @@ ENTRY_POINTS = {"cli.py", "__main__.py"}
 
 
 def part_of(module: str) -> str:
-    """Return the part that a module belongs to: `model` for `qwen3_next.model.moe`; config.py's helpers are config."""
+    """Return the part that a module belongs to: `model` for `qwen3_next.model.moe`; config.py's helpers are config.
+
+    So are those of cli.py part of cli.
+    """
     name = (module.removeprefix("qwen3_next").strip(".") or "__init__").split(".")[0]
-    return "config" if name.startswith("config_") else name
+    return name.split("_")[0] if name.startswith(("config_", "cli_")) else name
 
 
 def module_of(path: Path) -> str:

@@ -2,10 +2,14 @@
 
 import qwen3_next
 qwen3_next.register()  # the Auto classes of transformers now return the classes of this package
+
+What needs torch and transformers is imported when it is first asked for, so that `qwen3-next --help` and a first token
+do not wait for it.
 """
 
-from qwen3_next.auto import register
-from qwen3_next.config import Qwen3NextConfig
+import importlib
+from typing import TYPE_CHECKING
+
 from qwen3_next.errors import (
     BackendError,
     CheckpointError,
@@ -14,14 +18,18 @@ from qwen3_next.errors import (
     Qwen3NextError,
     TrainingError,
 )
-from qwen3_next.model import (
-    Qwen3NextForCausalLM,
-    Qwen3NextForQuestionAnswering,
-    Qwen3NextForSequenceClassification,
-    Qwen3NextForTokenClassification,
-    Qwen3NextModel,
-    Qwen3NextPreTrainedModel,
-)
+
+if TYPE_CHECKING:
+    from qwen3_next.auto import register
+    from qwen3_next.config import Qwen3NextConfig
+    from qwen3_next.model import (
+        Qwen3NextForCausalLM,
+        Qwen3NextForQuestionAnswering,
+        Qwen3NextForSequenceClassification,
+        Qwen3NextForTokenClassification,
+        Qwen3NextModel,
+        Qwen3NextPreTrainedModel,
+    )
 
 __version__ = "0.1.0"
 
@@ -42,3 +50,14 @@ __all__ = [
     "__version__",
     "register",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = {"register": "auto", "Qwen3NextConfig": "config"}.get(name, "model")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

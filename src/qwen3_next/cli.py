@@ -1,0 +1,239 @@
+"""The command line: `qwen3-next generate | chat | train | info`.
+
+torch is imported inside the commands, so that `--help` answers at once. Whatever goes wrong on purpose
+(`Qwen3NextError`, a wrong option) is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+"""
+
+import gc
+import sys
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from qwen3_next.errors import InputError, Qwen3NextError
+
+if TYPE_CHECKING:
+    from qwen3_next.cli_text import Speed
+
+WRONG_USAGE, INTERRUPTED = 2, 130
+
+# typer carries its own click: the class of all its usage errors is reached through one that it offers.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+app = typer.Typer(
+    help="Qwen3-Next: write text, talk, train, and see what a model needs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelName = Annotated[str | None, typer.Option("--model", help="Directory or hub id; left out, the model in the box.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to write at most.")]
+Greedy = Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token; so does --temperature 0.")]
+Temperature = Annotated[float | None, typer.Option(help="Divides the logits: below 1 is safer, above 1 is wilder.")]
+TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that reach this probability.")]
+TopK = Annotated[int | None, typer.Option(help="Draw from this many likeliest tokens; 0 for all.")]
+MinP = Annotated[float | None, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
+Penalty = Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1 makes used tokens less likely.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed draws the same text.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be given several times.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from stdin, less a last line break.")],
+    model: ModelName = None,
+    max_tokens: MaxTokens = 128,
+    greedy: Greedy = False,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Continue a text. Options of sampling default to the model's generation_config.json."""
+    from qwen3_next.cli_model import find_model, load_model
+    from qwen3_next.cli_text import SamplingOptions, Writer
+
+    text = _stdin().removesuffix("\n") if prompt == "-" else prompt
+    loaded = load_model(find_model(model), dtype, device)
+    options = SamplingOptions(
+        greedy=greedy,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
+    writer = Writer(loaded, options.resolve(loaded.generation), seed)
+    writer.read(text)
+    pieces = writer.write(max_tokens, stop or [])
+    if sys.stdout.isatty():
+        Console().print(Text(text, "dim"), end="", soft_wrap=True)
+    with _reported(writer.speed):
+        _stream(pieces)
+
+
+@app.command()
+def chat(
+    model: ModelName = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the first turn.")] = None,
+    max_tokens: MaxTokens = 512,
+    greedy: Greedy = False,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Talk with the model, a line a turn; /reset begins anew, /exit or the end of the input ends."""
+    from qwen3_next.cli_chat import Conversation
+    from qwen3_next.cli_model import find_model, load_model
+    from qwen3_next.cli_text import SamplingOptions
+
+    loaded = load_model(find_model(model), dtype, device)
+    options = SamplingOptions(
+        greedy=greedy,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
+    conversation = Conversation(loaded, options.resolve(loaded.generation), seed, system)
+    for line in _turns():
+        if line == "/reset":
+            conversation.reset()
+            continue
+        try:
+            pieces = conversation.ask(line, max_tokens)
+        except InputError as error:
+            if not sys.stdin.isatty():
+                raise
+            _complain(error)  # whoever sits there may shorten the turn, or begin anew
+            continue
+        with _reported(conversation.speed):
+            _stream(pieces)
+
+
+@app.command()
+def train(config: Annotated[Path, typer.Argument(help="A TOML file; docs/training.md describes it.")]) -> None:
+    """Train a model, or go on where the last run stopped."""
+    from qwen3_next.train import TrainConfig
+    from qwen3_next.train import train as run
+
+    settings = TrainConfig.from_toml(config)
+    started, limit = time.monotonic(), settings.run.max_seconds
+    result = run(settings)
+    output = Path(settings.run.output)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{'finished' if result.finished else 'stopped'} at step {result.step:,}, {result.tokens:,} tokens")
+    for name, path in (("model", result.model), ("log", output / "log.jsonl"), ("plot", output / "loss.png")):
+        console.print(f"{name:5}  {path}")
+    if not result.finished:
+        console.print("the same command goes on from here")
+        if not limit or time.monotonic() - started < limit:
+            raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def info(
+    model: ModelName = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16, float16, float32 or fp8.")] = "bfloat16",
+) -> None:
+    """Show the architecture, its parameters and memory, and what fits this machine; reads no weights."""
+    from qwen3_next.cli_info import tables
+    from qwen3_next.cli_model import SHIPPED, find_model, read_config
+
+    directory = find_model(model, weights=False)
+    console = Console()
+    for table in tables(read_config(directory), "the model in the box" if directory == SHIPPED else str(model), dtype):
+        console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: without the program's name; None takes those of the process.
+    """
+    # Imports leave next to no garbage, and looking for it during them costs a fifth of the time to the first token.
+    gc.disable()
+    try:
+        code = app(args=arguments, prog_name="qwen3-next", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except (Qwen3NextError, UsageError) as error:
+        _complain(error)
+        return WRONG_USAGE
+    finally:
+        gc.enable()
+    return code if isinstance(code, int) else 0
+
+
+def _stream(pieces: Iterator[str]) -> None:
+    """Write each piece as it comes; whatever happens, what was written stays and the line is ended."""
+    try:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+@contextmanager
+def _reported(speed: "Speed") -> Generator[None]:
+    """Say on stderr how fast the text came, also where it was interrupted."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        if speed.tokens:
+            line = (
+                f"{speed.prompt_tokens} prompt tokens, first token after {speed.first - started:.2f} s; "
+                f"{speed.tokens} tokens, {speed.tokens_per_second:.1f} tokens/s"
+            )
+            Console(stderr=True, highlight=False).print(Text(line, "dim"), soft_wrap=True)
+
+
+def _turns() -> Iterator[str]:
+    """The user's lines that say something, up to /exit or the end of the input."""
+    mark = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(mark).strip()
+        except EOFError:
+            return
+        if line == "/exit":
+            return
+        if line:
+            yield line
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin is not valid text ({error.reason}); give it in UTF-8.") from error
+
+
+def _complain(error: Exception) -> None:
+    """One line, whatever the message holds."""
+    message = cast(typer.BadParameter, error).format_message() if isinstance(error, UsageError) else str(error)
+    Console(stderr=True, highlight=False).print(Text(f"qwen3-next: {' '.join(message.split())}"), soft_wrap=True)

@@ -1,0 +1,183 @@
+"""Find a checkpoint by path or hub id, and load of it what a command needs."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from qwen3_next.errors import BackendError, CheckpointError, InputError
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+
+    from qwen3_next.config import Qwen3NextConfig
+    from qwen3_next.model.bare import BareCausalLM
+
+SHIPPED = Path(__file__).parent / "assets"
+"""The model in the package."""
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_DESCRIPTION = ["*.json", "*.jinja"]
+_EVERYTHING = [*_DESCRIPTION, "*.safetensors"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to write text.
+
+    Attributes:
+        tokenizer: the `tokenizers` object of its tokenizer.json.
+        generation: its generation_config.json, empty where there is none.
+        chat_template: the Jinja source, None where there is none.
+    """
+
+    model: "BareCausalLM"
+    config: "Qwen3NextConfig"
+    tokenizer: "Tokenizer"
+    generation: Mapping[str, Any]
+    chat_template: str | None
+    device: "torch.device"
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every token that ends a text."""
+        found = self.generation.get("eos_token_id", self.config.eos_token_id)
+        return frozenset([] if found is None else [found] if isinstance(found, int) else found)
+
+
+def find_model(name: str | None, *, weights: bool = True) -> Path:
+    """The directory of a checkpoint; one on the hub is downloaded first, showing progress.
+
+    Args:
+        name: a directory or a hub id; None for the shipped model.
+        weights: download the weights as well.
+
+    Raises:
+        CheckpointError: there is no such directory and no such repository, or no way to the hub.
+    """
+    if name is None:
+        return SHIPPED
+    if (path := Path(name).expanduser()).is_dir():
+        return path
+    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise CheckpointError(
+            f"--model {name}: no such directory; give a checkpoint's directory or a hub id (org/name)."
+        )
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_EVERYTHING if weights else _DESCRIPTION))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"--model {name}: no such directory, and the hub did not give it ({reason}); check the name."
+        ) from error
+
+
+def read_config(directory: Path) -> "Qwen3NextConfig":
+    """The configuration alone.
+
+    Raises:
+        CheckpointError: no config.json, or that of another architecture.
+        ConfigError: it holds a value that cannot be served.
+    """
+    from qwen3_next.config import Qwen3NextConfig
+
+    fields = _read_json(directory / "config.json")
+    if fields.get("model_type") != Qwen3NextConfig.model_type:
+        raise CheckpointError(
+            f"{directory / 'config.json'} describes a model of type {fields.get('model_type')!r}; this package serves "
+            f"{Qwen3NextConfig.model_type!r} alone."
+        )
+    return Qwen3NextConfig.from_dict(fields)
+
+
+def load_model(directory: Path, dtype_name: str, device_name: str) -> LoadedModel:
+    """Load model and tokenizer onto one device.
+
+    Raises:
+        InputError: an unknown dtype or device.
+        BackendError: the device is not there or has not enough memory.
+        CheckpointError, ConfigError: the checkpoint is missing, incomplete or not of this architecture.
+    """
+    import torch
+    from tokenizers import Tokenizer
+
+    from qwen3_next.model.bare import BareCausalLM
+
+    device = choose_device(device_name)
+    config = read_config(directory)
+    dtype = choose_dtype(dtype_name, config)
+    tokenizer_file = directory / "tokenizer.json"
+    if not tokenizer_file.is_file():
+        raise CheckpointError(f"{directory} holds no tokenizer.json; copy the model's tokenizer files there.")
+    generation_file = directory / "generation_config.json"
+    try:
+        model = BareCausalLM.from_directory(directory, config, dtype, device)
+    except torch.OutOfMemoryError as error:
+        size = config.weight_bytes(dtype) / 2**30
+        raise BackendError(f"{size:.1f} GiB of weights do not fit {device}; see `qwen3-next info`.") from error
+    generation = _read_json(generation_file) if generation_file.is_file() else {}
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    return LoadedModel(model, config, tokenizer, generation, _chat_template(directory), device)
+
+
+def choose_device(name: str) -> "torch.device":
+    """The device of a name; "auto" is the first GPU, or else the CPU.
+
+    Raises:
+        InputError: no such kind of device.
+        BackendError: it is not in this machine.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if found is None:
+        raise InputError(f"--device {name} is unknown. Allowed: auto, cpu, cuda, cuda:N.")
+    if name != "cpu" and int(found[1] or 0) >= count:
+        raise BackendError(f"--device {name}: this machine has {count} CUDA devices; use cpu or auto.")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, config: "Qwen3NextConfig") -> "torch.dtype":
+    """The dtype of a name; "auto" is the one of the checkpoint.
+
+    Raises:
+        InputError: an unknown dtype.
+    """
+    import torch
+
+    if name not in DTYPES:
+        raise InputError(f"--dtype {name} is unknown. Allowed: {', '.join(DTYPES)}.")
+    if name == "auto":
+        return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    return getattr(torch, name)
+
+
+def _chat_template(directory: Path) -> str | None:
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    settings = directory / "tokenizer_config.json"
+    return _read_json(settings).get("chat_template") if settings.is_file() else None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} does not exist; --model needs the directory of a whole checkpoint.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); download it again.") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} is not a JSON object; download it again.")
+    return cast(dict[str, Any], found)

@@ -1,0 +1,143 @@
+"""The language model without transformers' model classes: the same layers, for one sequence, ready to run sooner.
+
+Importing `PreTrainedModel` and `generate` takes longer than reading a small model and writing a page with it. The
+command line needs neither: it runs the layers, whose parameters have the same names, from here.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.model.cache import CachedKeys, DeltaNetState
+from qwen3_next.model.decoder import DecoderLayer
+from qwen3_next.model.inputs import PackedInputs
+from qwen3_next.model.layers import RMSNorm, RotaryEmbedding
+from qwen3_next.model.weights import compare, open_directory
+from qwen3_next.ops.segments import Segments
+
+_KEPT_IN_FP32 = ("A_log", "dt_bias")
+
+
+class BareNetwork(nn.Module):
+    """`Qwen3NextModel.forward_packed` for decoding: embedding, decoder layers, final norm."""
+
+    def __init__(self, config: Qwen3NextConfig) -> None:
+        super().__init__()
+        # Random numbers and ranges on the meta device would import torch's compiler: hence no initialisation here, and
+        # the rotary frequencies, which no file holds, on the CPU.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
+        with torch.device("cpu"):
+            self.rotary_emb = RotaryEmbedding(config)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer_type, index, config.is_sparse_layer(index))
+            for index, layer_type in enumerate(config.layer_types)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, inputs: PackedInputs, cache: "SequenceCache") -> Float[Tensor, "T D"]:
+        """The states after the final norm, `[T, D]`."""
+        x = self.embed_tokens(inputs.token_ids)
+        rotary = self.rotary_emb(inputs.positions, x.dtype)
+        for layer in self.layers:
+            x = layer(x, inputs, rotary, cache).hidden
+        return self.norm(x)
+
+
+class BareCausalLM(nn.Module):
+    """Network and output head, computing what `Qwen3NextForCausalLM` computes for one sequence with a cache."""
+
+    def __init__(self, config: Qwen3NextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = BareNetwork(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.inference_mode()
+    def forward(self, token_ids: Int[Tensor, "S"], cache: "SequenceCache") -> Float[Tensor, "V"]:
+        """Read the S next tokens of the sequence that `cache` holds; return the logits of the token that follows."""
+        device, length = token_ids.device, token_ids.shape[0]
+        positions = torch.arange(cache.length, cache.length + length, device=device)
+        inputs = PackedInputs(token_ids, positions, Segments.uniform(1, length, device))
+        hidden = self.model(inputs, cache)
+        cache.length += length
+        return self.lm_head(hidden[-1])
+
+    @classmethod
+    def from_directory(
+        cls, directory: Path, config: Qwen3NextConfig, dtype: torch.dtype, device: torch.device
+    ) -> "BareCausalLM":
+        """Load a local checkpoint of the published layout, straight into `dtype`; `mtp.*` stays in the files.
+
+        Raises:
+            CheckpointError: the files are missing, not whole, or do not hold exactly the model that `config` describes.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        checkpoint = open_directory(directory)
+        checkpoint.mtp_layers()  # refuses a block that is not complete
+        expected = model.state_dict()
+        tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
+        shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+        compare(shapes, checkpoint.in_memory_shapes(), may_miss=tied, may_exceed=("mtp.",))
+        dtypes = {name: torch.float32 if name.endswith(_KEPT_IN_FP32) else dtype for name in expected}
+        stored = checkpoint.lazy_state_dict(dtypes)
+        values = {name: stored[name].read().to(device) for name in expected if name in stored}
+        model.load_state_dict(values, strict=False, assign=True)
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model.to(device).requires_grad_(False).eval()
+
+
+class SequenceCache:
+    """What all layers remember of one sequence. A new object is an empty one.
+
+    Attributes:
+        length: how many tokens the model has read.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._keys: dict[int, CachedKeys] = {}
+        self._states: dict[int, DeltaNetState] = {}
+
+    def attention(self, layer: int) -> "_LayerKeys":
+        """The keys and values of an attention layer."""
+        return _LayerKeys(self, self._keys, layer)
+
+    def delta_net(self, layer: int) -> "_LayerState":
+        """The state of a Gated DeltaNet layer."""
+        return _LayerState(self._states, layer)
+
+
+class _LayerKeys(NamedTuple):
+    cache: SequenceCache
+    keys: dict[int, CachedKeys]
+    layer: int
+
+    @property
+    def is_empty(self) -> bool:
+        return self.cache.length == 0
+
+    def append(self, k: Tensor, v: Tensor) -> CachedKeys:
+        before = self.keys.get(self.layer)
+        new = (k[None], v[None])
+        joined = new if before is None else (torch.cat(pair, dim=1) for pair in zip(before[:2], new, strict=True))
+        self.keys[self.layer] = CachedKeys(*joined, mask=None)
+        return self.keys[self.layer]
+
+
+class _LayerState(NamedTuple):
+    states: dict[int, DeltaNetState]
+    layer: int
+
+    def read(self) -> DeltaNetState | None:
+        return self.states.get(self.layer)
+
+    def write(self, state: DeltaNetState) -> None:
+        self.states[self.layer] = state

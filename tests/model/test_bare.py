@@ -1,0 +1,65 @@
+"""The bare language model computes what the Hugging Face class computes, from the same files."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.conftest import tiny_model
+
+from qwen3_next.errors import CheckpointError
+from qwen3_next.model import Qwen3NextForCausalLM
+from qwen3_next.model.bare import BareCausalLM, SequenceCache
+
+CPU = torch.device("cpu")
+
+
+def saved(model: Qwen3NextForCausalLM, directory: Path) -> Path:
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"num_nextn_predict_layers": 0}], ids=str)
+@pytest.mark.parametrize("split", [(13,), (1, 12), (5, 1, 1, 6)], ids=str)
+def test_logits_are_those_of_the_causal_lm_however_the_text_is_split(
+    tmp_path: Path, changes: dict[str, object], split: tuple[int, ...]
+) -> None:
+    model = tiny_model(int(torch.randint(2**31, ())), **changes)
+    bare = BareCausalLM.from_directory(saved(model, tmp_path), model.config, torch.float32, CPU)
+    tokens = torch.randint(model.config.vocab_size, (13,))
+    with torch.no_grad():
+        expected = model(tokens[None], use_cache=False).logits[0]
+    cache, end = SequenceCache(), 0
+    for part in tokens.split(list(split)):
+        logits, end = bare(part, cache), end + len(part)
+        torch.testing.assert_close(logits, expected[end - 1], rtol=1e-4, atol=1e-5)
+    assert cache.length == 13
+
+
+def test_weights_come_in_the_dtype_wanted_and_the_decay_rates_in_fp32(tmp_path: Path) -> None:
+    model = tiny_model()
+    bare = BareCausalLM.from_directory(saved(model, tmp_path), model.config, torch.bfloat16, CPU)
+    for name, parameter in bare.named_parameters():
+        wanted = torch.float32 if name.endswith(("A_log", "dt_bias")) else torch.bfloat16
+        assert parameter.dtype == wanted, name
+        assert parameter.device == CPU, name
+
+
+def test_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> None:
+    model = tiny_model()
+    file = saved(model, tmp_path) / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+        BareCausalLM.from_directory(tmp_path, model.config, torch.float32, CPU)
+
+
+def test_an_incomplete_prediction_block_is_refused_by_name(tmp_path: Path) -> None:
+    model = tiny_model()
+    file = saved(model, tmp_path) / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["mtp.fc.weight"]
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"mtp\.fc\.weight"):
+        BareCausalLM.from_directory(tmp_path, model.config, torch.float32, CPU)
