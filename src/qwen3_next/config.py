@@ -61,7 +61,8 @@ class Qwen3NextConfig(PreTrainedConfig):
     """
 
     model_type = "qwen3_next"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  a class attribute by transformers' protocol
+    # What `Trainer` leaves out of predictions: they are the logits alone. A class attribute by transformers' protocol.
+    keys_to_ignore_at_inference = ["past_key_values", "lm_loss", "mtp_loss", "aux_loss"]  # noqa: RUF012
 
     vocab_size: int = 151936
     hidden_size: int = 2048

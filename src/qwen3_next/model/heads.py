@@ -1,6 +1,7 @@
 """The network with a head: causal language model with its MTP layer, and three classifiers."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ class Qwen3NextCausalLMOutput(MoeCausalLMOutputWithPast):
 class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
     """The language model: network, output head and multi-token prediction layer."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  by transformers' protocol
 
     def __init__(self, config: Qwen3NextConfig) -> None:
         super().__init__(config)
@@ -96,7 +97,6 @@ class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: object,
     ) -> Qwen3NextCausalLMOutput:
@@ -104,14 +104,19 @@ class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
 
         Args:
             labels: `[B, S]`; position t is trained to predict `labels[t + 1]` inside its document, -100 is ignored.
-            shift_labels: `[B, S]` labels already shifted: position t is trained to predict `shift_labels[t]`.
-            num_items_in_batch: divide the summed loss by this instead of by the number of targets (what a trainer
-                passes when it accumulates gradients).
+                Padding neither predicts nor is predicted, whatever its label.
+            num_items_in_batch: targets of the whole accumulation window, which the sums of this batch are divided by
+                instead of by its own (what a trainer passes when it accumulates gradients): the losses of the window's
+                batches then sum to the loss of one large batch.
+            kwargs: `shift_labels` `[B, S]`, labels already shifted: position t is trained to predict
+                `shift_labels[t]`; and `cu_seq_lens_q` as `Qwen3NextModel.forward` takes it.
             logits_to_keep: compute logits for the last so many positions only (0: for all), or for these indices.
 
         Returns:
             The output with `logits` `[B, kept, V]`, `loss` and its parts where labels were given.
         """
+        # Not in the signature: `Trainer` takes every parameter with "label" in its name for a column of the data.
+        shift_labels = cast("Tensor | None", kwargs.pop("shift_labels", None))
         want_router_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
         outputs = self.model(
             input_ids,
@@ -135,7 +140,8 @@ class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
         if targets is not None:
             lm_loss = self._lm_loss(run, logits, targets, num_items_in_batch)
             mtp_loss = self._mtp_loss(run, targets, num_items_in_batch) if self.training else None
-            loss = self._total(lm_loss, mtp_loss, aux_loss)
+            share = 1 if num_items_in_batch is None else _items(targets, None) / _items(targets, num_items_in_batch)
+            loss = self._total(lm_loss, mtp_loss, aux_loss, share)
         return Qwen3NextCausalLMOutput(
             loss=loss,
             lm_loss=lm_loss,
@@ -170,12 +176,15 @@ class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
         means = [loss.sum() / _items(t, items) for loss, t in zip(losses, step_targets, strict=True)]
         return torch.stack(means).mean()
 
-    def _total(self, lm_loss: Tensor, mtp_loss: Tensor | None, aux_loss: Tensor | None) -> Tensor:
+    def _total(
+        self, lm_loss: Tensor, mtp_loss: Tensor | None, aux_loss: Tensor | None, share: float | Tensor
+    ) -> Tensor:
+        """`share` is this batch's part of its accumulation window; the other losses were divided by all of it."""
         total = lm_loss
         if mtp_loss is not None:
             total = total + self.config.mtp_loss_weight * mtp_loss.to(total.device)
         if aux_loss is not None:
-            total = total + self.config.router_aux_loss_coef * aux_loss.to(total.device)
+            total = total + self.config.router_aux_loss_coef * share * aux_loss.to(total.device)
         return total
 
     def packed_losses(self, inputs: PackedInputs, targets: Int[Tensor, "T"]) -> PackedLosses:
@@ -185,7 +194,7 @@ class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
             targets: the token that each position must predict next, `IGNORED` where there is none.
         """
         output = self.model.forward_packed(inputs)
-        lm = linear_cross_entropy(output.hidden, self.lm_head.weight, targets)
+        lm = self._token_losses(output.hidden, targets)
         if self.mtp is None:
             return PackedLosses(lm, (), (targets,), output.routings)
         losses, step_targets, predictions = self._mtp_losses(PackedRun(inputs, output), targets)
@@ -199,10 +208,17 @@ class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
         steps = range(len(predictions))
         step_targets = tuple(targets_of_step(targets, run.inputs.segments, step) for step in steps)
         losses = tuple(
-            linear_cross_entropy(prediction.hidden, self.lm_head.weight, wanted)
+            self._token_losses(prediction.hidden, wanted)
             for prediction, wanted in zip(predictions, step_targets, strict=True)
         )
         return losses, step_targets, predictions
+
+    def _token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        head = cast("nn.Module", self.lm_head)
+        if isinstance(head, nn.Linear):
+            return linear_cross_entropy(hidden, head.weight, targets)
+        # An adapter took its place, whose `weight` is not all that it does.
+        return F.cross_entropy(head(hidden).float(), targets, ignore_index=IGNORED, reduction="none")
 
     def _predict_chain(self, run: PackedRun, steps: int) -> list[Prediction]:
         assert self.mtp is not None
@@ -244,13 +260,15 @@ class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
             k tokens per row, and the cache of the committed tokens.
 
         Raises:
-            InputError: the model has no MTP layer, or k < 1.
+            InputError: the model has no MTP layer, or k < 1; a row is padded on the right.
         """
         if self.mtp is None or num_drafts < 1:
             raise InputError(
                 f"cannot draft {num_drafts} tokens with {self.config.num_nextn_predict_layers} MTP layers; "
                 "use a checkpoint with mtp.* weights and num_drafts >= 1."
             )
+        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+            raise InputError("a row ends in padding, where nothing follows; pad the rows to draft for on the left.")
         cache = DynamicCache() if past_key_values is None else past_key_values
         drafts: list[Tensor] = []
         for step in range(num_drafts):
@@ -287,6 +305,11 @@ def _items(targets: Tensor, items: int | Tensor | None) -> int | Tensor:
     return items.to(targets.device) if isinstance(items, Tensor) else items
 
 
+def _label_count(config: Qwen3NextConfig) -> int:
+    assert config.num_labels is not None
+    return config.num_labels
+
+
 class Qwen3NextForSequenceClassification(GenericForSequenceClassification, Qwen3NextPreTrainedModel):
     """One label per row, read at its last token that is not padding."""
 
@@ -294,7 +317,7 @@ class Qwen3NextForSequenceClassification(GenericForSequenceClassification, Qwen3
         Qwen3NextPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = Qwen3NextModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, _label_count(config), bias=False)
         self.post_init()
 
 
@@ -307,7 +330,7 @@ class Qwen3NextForTokenClassification(GenericForTokenClassification, Qwen3NextPr
         self.model = Qwen3NextModel(config)
         dropout = getattr(config, "classifier_dropout", None)
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, _label_count(config))
         self.post_init()
 
 

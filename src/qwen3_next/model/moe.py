@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.model.layers import DenseMLP
+from qwen3_next.model.weights import published_slots
 from qwen3_next.ops.experts import Routing, route, swiglu_experts
 
 
@@ -29,9 +30,40 @@ class Experts(nn.Module):
         experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        self.register_load_state_dict_pre_hook(_take_single_experts)
 
     def forward(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
         return swiglu_experts(x, self.gate_up_proj, self.down_proj, routing.weights, routing.experts)
+
+
+@torch.no_grad()
+def _take_single_experts(
+    module: nn.Module,
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    local_metadata: object,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Let `load_state_dict` take experts one by one, as checkpoints hold them and `Trainer` reads its own back.
+
+    A shard may hold only some of a layer's experts: those it lacks keep their values. (torch's hook, by its names.)
+    """
+    parameters = {prefix + name: parameter for name, parameter in module.named_parameters()}
+    fused: dict[str, Tensor] = {}
+    for slot in published_slots(parameters):
+        if slot.expert is None or slot.source in state_dict or slot.name not in state_dict:
+            continue
+        expert = state_dict.pop(slot.name)
+        if tuple(expert.shape) != slot.shape:
+            error_msgs.append(f"size mismatch for {slot.name}: {tuple(expert.shape)} found, {slot.shape} expected.")
+            continue
+        if slot.source not in fused:
+            fused[slot.source] = parameters[slot.source].clone()
+        slot.view(fused[slot.source]).copy_(expert)
+    state_dict.update(fused)
 
 
 class SparseMoE(nn.Module):

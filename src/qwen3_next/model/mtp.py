@@ -1,7 +1,7 @@
 """Multi-token prediction: one more layer that guesses the token after next, and drafts with it."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -71,7 +71,7 @@ class MultiTokenPredictor(nn.Module):
         Step s sees what it finds when it drafts: the committed keys of step 0 up to its token, and the keys of its own
         chain's later steps.
         """
-        layer = self.layers[0]
+        layer = cast("DecoderLayer", self.layers[0])
         predictions: list[Prediction] = []
         projections: list[Projections] = []
         for step, tables in enumerate(rotary):

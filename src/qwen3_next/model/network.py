@@ -1,7 +1,7 @@
 """The one network: embedding, decoder layers, final norm, over packed tokens; and its Hugging Face face."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -73,6 +73,7 @@ class Qwen3NextModel(Qwen3NextPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.recompute_every = 1
         self.post_init()
 
     def forward_packed(
@@ -99,7 +100,7 @@ class Qwen3NextModel(Qwen3NextPreTrainedModel):
         for layer in self.layers:
             if wanted.stream:
                 stream.append(x)
-            output = self._run(layer, x, inputs, rotary, cache, wanted.attention_weights)
+            output = self._run(cast("DecoderLayer", layer), x, inputs, rotary, cache, wanted.attention_weights)
             x = output.hidden
             if output.routing is not None:
                 routings.append(output.routing)
@@ -109,14 +110,15 @@ class Qwen3NextModel(Qwen3NextPreTrainedModel):
 
     def _run(
         self,
-        layer: nn.Module,
+        layer: DecoderLayer,
         x: Tensor,
         inputs: PackedInputs,
         rotary: RotaryTables,
         cache: ModelCache | None,
         want_weights: bool,
     ) -> LayerOutput:
-        if self.gradient_checkpointing and self.training and cache is None and not want_weights:
+        recompute = self.gradient_checkpointing and layer.index % self.recompute_every == 0
+        if recompute and self.training and cache is None and not want_weights:
             return RecomputedLayer(layer, inputs, rotary).run(self._gradient_checkpointing_func, x)
         return layer(x, inputs, rotary, cache, want_weights=want_weights)
 

@@ -1,14 +1,15 @@
 """What all model classes share: initialisation, and loading and saving in the published layout."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils.modeling import convert_file_size_to_int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.integrations.accelerate import load_offloaded_parameter
@@ -63,6 +64,13 @@ class Qwen3NextPreTrainedModel(PreTrainedModel):
             init.copy_(module.inv_freq, rotary_settings(self.config)[0])
         else:
             super()._init_weights(module)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        """transformers' hook behind `gradient_checkpointing_enable`; older versions know no `every_n_layers`."""
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
+        cast("Any", self.base_model).recompute_every = every_n_layers
 
     @staticmethod
     def _load_pretrained_model(

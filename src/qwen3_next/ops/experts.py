@@ -53,9 +53,11 @@ def route(
     """
     logits = F.linear(x, gate_weight)
     probabilities = logits.softmax(dim=-1, dtype=torch.float32)
-    if experts is None:
+    if experts is None and not torch.is_grad_enabled():
         weights, experts = probabilities.topk(top_k, dim=-1)
     else:
+        # Gathered in either case: a recomputation has to save the very tensors that the first pass saved.
+        experts = probabilities.detach().topk(top_k, dim=-1).indices if experts is None else experts
         weights = probabilities.gather(-1, experts)
     if normalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
