@@ -2,7 +2,7 @@
 
     Qwen3NextError                    anything below; catch this one to catch them all
     ├── ConfigError      ValueError   a configuration field holds a value that cannot be served
-    ├── CheckpointError  ValueError   a checkpoint is missing, truncated, incomplete or holds something else
+    ├── CheckpointError  ValueError, RuntimeError   a checkpoint is missing, truncated, incomplete or holds something else
     ├── InputError       ValueError   the arguments of one call do not fit the model or each other
     ├── BackendError     RuntimeError the requested kernels or device cannot run here
     └── TrainingError    RuntimeError a training run cannot start or go on
@@ -35,8 +35,11 @@ class ConfigError(Qwen3NextError, ValueError):
     """A configuration field holds a value that cannot be served; the message names field, value and remedy."""
 
 
-class CheckpointError(Qwen3NextError, ValueError):
-    """A checkpoint is missing, truncated, incomplete, or holds tensors that this architecture does not have."""
+class CheckpointError(Qwen3NextError, ValueError, RuntimeError):
+    """A checkpoint is missing, truncated, incomplete, or holds tensors that this architecture does not have.
+
+    A `RuntimeError` as well: that is what torch and transformers raise where shapes do not fit.
+    """
 
 
 class InputError(Qwen3NextError, ValueError):

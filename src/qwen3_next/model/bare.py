@@ -41,7 +41,7 @@ class BareNetwork(nn.Module):
     def forward(self, inputs: PackedInputs, cache: "SequenceCache") -> Float[Tensor, "T D"]:
         """The states after the final norm, `[T, D]`."""
         x = self.embed_tokens(inputs.token_ids)
-        rotary = self.rotary_emb(inputs.positions, x.dtype)
+        rotary = self.rotary_emb(x, inputs.positions)
         for layer in self.layers:
             x = layer(x, inputs, rotary, cache).hidden
         return self.norm(x)

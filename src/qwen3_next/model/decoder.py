@@ -1,6 +1,5 @@
-"""One decoder layer, and how it is run with or without keeping its activations."""
+"""One decoder layer."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxtyping import Float, Int
@@ -17,11 +16,26 @@ from qwen3_next.ops.experts import Routing
 
 
 class LayerOutput(NamedTuple):
-    """The residual stream after a layer, the routing of its experts and, where wanted, its attention weights."""
+    """The residual stream after a layer, its attention weights where wanted, and the routing of its experts.
+
+    Flat, because activation checkpointing follows the gradients of the tensors in a tuple but not of what these hold.
+    The last four are those of `Routing`; None in a dense layer.
+    """
 
     hidden: Float[Tensor, "T D"]
-    routing: Routing | None
-    attention_weights: Tensor | None
+    attention_weights: Float[Tensor, "B H S past_plus_S"] | None
+    router_logits: Float[Tensor, "T E"] | None = None
+    router_probabilities: Float[Tensor, "T E"] | None = None
+    expert_weights: Float[Tensor, "T K"] | None = None
+    experts: Int[Tensor, "T K"] | None = None
+
+    @property
+    def routing(self) -> Routing | None:
+        """Where each token went; None in a dense layer."""
+        logits, probabilities, weights, experts = self[2:]
+        if logits is None or probabilities is None or weights is None or experts is None:
+            return None
+        return Routing(logits, probabilities, weights, experts)
 
 
 class DecoderLayer(nn.Module):
@@ -56,7 +70,9 @@ class DecoderLayer(nn.Module):
         mixed, weights = self._mix(self.input_layernorm(x), inputs, rotary, cache, want_weights)
         x = x + mixed
         update, routing = self.transform_channels(x, experts)
-        return LayerOutput(x + update, routing, weights)
+        if routing is None:
+            return LayerOutput(x + update, weights)
+        return LayerOutput(x + update, weights, routing.logits, routing.probabilities, routing.weights, routing.experts)
 
     def _mix(
         self, x: Tensor, inputs: PackedInputs, rotary: RotaryTables, cache: ModelCache | None, want_weights: bool
@@ -74,28 +90,3 @@ class DecoderLayer(nn.Module):
         if isinstance(self.mlp, SparseMoE):
             return self.mlp(normed, experts)
         return self.mlp(normed), None
-
-
-class RecomputedLayer:
-    """A layer whose activations are dropped after the forward pass and computed again in the backward pass.
-
-    The first pass remembers which experts each token went to and the second repeats that choice: rounding that differs
-    between the passes would otherwise send a token elsewhere and make its gradient wrong.
-    """
-
-    def __init__(self, layer: DecoderLayer, inputs: PackedInputs, rotary: RotaryTables) -> None:
-        self.layer, self.inputs, self.rotary = layer, inputs, rotary
-        self.experts: Int[Tensor, "T K"] | None = None
-
-    def __call__(self, x: Float[Tensor, "T D"]) -> tuple[Tensor, ...]:
-        output = self.layer(x, self.inputs, self.rotary, experts=self.experts)
-        if output.routing is None:
-            return (output.hidden,)
-        self.experts = output.routing.experts
-        routing = output.routing
-        return output.hidden, routing.logits, routing.probabilities, routing.weights, routing.experts
-
-    def run(self, checkpoint: Callable[..., tuple[Tensor, ...]], x: Float[Tensor, "T D"]) -> LayerOutput:
-        """Run through `checkpoint(function, x)`."""
-        hidden, *routing = checkpoint(self, x)
-        return LayerOutput(hidden, Routing(*routing) if routing else None, None)

@@ -223,8 +223,7 @@ class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
     def _predict_chain(self, run: PackedRun, steps: int) -> list[Prediction]:
         assert self.mtp is not None
         inputs, output = run
-        dtype = output.hidden.dtype
-        rotary = [self.model.rotary_emb(inputs.positions + step, dtype) for step in range(steps)]
+        rotary = [self.model.rotary_emb(output.hidden, inputs.positions + step) for step in range(steps)]
         return self.mtp.chain(output.embeddings, output.hidden, inputs, rotary)
 
     def predict_ahead(self, inputs: PackedInputs, steps: int = 1) -> tuple[Float[Tensor, "T V"], ...]:
@@ -288,7 +287,7 @@ class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
         past = cached_length(cache)
         inputs = pack_rows(shape, token_ids.device, past=past, token_ids=token_ids, attention_mask=attention_mask)
         assert inputs.rows is not None
-        rotary = self.model.rotary_emb(inputs.positions, hidden.dtype)
+        rotary = self.model.rotary_emb(hidden, inputs.positions)
         embeddings = self.model.embed_tokens(inputs.token_ids)
         prediction = self.mtp(embeddings, inputs.rows.pack(hidden), inputs, rotary, TransformersCache.of(cache, inputs))
         return inputs.rows.unpack(prediction.hidden)

@@ -76,8 +76,11 @@ class RotaryEmbedding(nn.Module):
         frequencies, self.attention_factor = rotary_settings(config)
         self.inv_freq = nn.Buffer(frequencies, persistent=False)
 
-    def forward(self, positions: Int[Tensor, "T"], dtype: torch.dtype) -> RotaryTables:
-        return rotary_tables(positions, self.inv_freq.float().to(positions.device), self.attention_factor, dtype)
+    def forward(self, x: Tensor, position_ids: Int[Tensor, "*T"]) -> RotaryTables:
+        """The tables `[*T, 1, R]` of the positions, in the dtype of `x`."""
+        return rotary_tables(
+            position_ids, self.inv_freq.float().to(position_ids.device), self.attention_factor, x.dtype
+        )
 
 
 def rotary_settings(config: Qwen3NextConfig) -> tuple[Float[Tensor, "R"], float]:

@@ -3,16 +3,17 @@
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.errors import InputError
 from qwen3_next.model.cache import ModelCache, TransformersCache, cached_length, complete_layers
-from qwen3_next.model.decoder import DecoderLayer, LayerOutput, RecomputedLayer
+from qwen3_next.model.decoder import DecoderLayer, LayerOutput
 from qwen3_next.model.inputs import PackedInputs, PaddedRows, pack_rows
 from qwen3_next.model.layers import RMSNorm, RotaryEmbedding, RotaryTables
 from qwen3_next.model.pretrained import Qwen3NextPreTrainedModel
@@ -27,14 +28,14 @@ class PackedOutput:
         hidden: `[T, D]` after the final norm: what the output head and the MTP layer read.
         embeddings: `[T, D]` what entered the first layer.
         routings: one per sparse layer, in order.
-        stream: the residual stream before each layer, where it was wanted.
+        stream: the residual stream before each layer in padded rows, where it was wanted.
         attention_weights: the probabilities of each attention layer in padded rows, where they were wanted.
     """
 
     hidden: Float[Tensor, "T D"]
     embeddings: Float[Tensor, "T D"]
     routings: tuple[Routing, ...]
-    stream: tuple[Float[Tensor, "T D"], ...] = ()
+    stream: tuple[Float[Tensor, "B S D"], ...] = ()
     attention_weights: tuple[Tensor, ...] = ()
 
 
@@ -67,13 +68,12 @@ class Qwen3NextModel(Qwen3NextPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer_type, index, config.is_sparse_layer(index))
+            RecomputableLayer(config, layer_type, index, config.is_sparse_layer(index))
             for index, layer_type in enumerate(config.layer_types)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
-        self.recompute_every = 1
         self.post_init()
 
     def forward_packed(
@@ -93,14 +93,16 @@ class Qwen3NextModel(Qwen3NextPreTrainedModel):
         """
         embeddings = self.embed_tokens(inputs.token_ids) if embeddings is None else embeddings
         x: Tensor = embeddings
-        rotary = self.rotary_emb(inputs.positions, x.dtype)
+        rotary = self.rotary_emb(x, inputs.positions)
         routings: list[Routing] = []
         stream: list[Tensor] = []
         weights: list[Tensor] = []
         for layer in self.layers:
             if wanted.stream:
-                stream.append(x)
-            output = self._run(cast("DecoderLayer", layer), x, inputs, rotary, cache, wanted.attention_weights)
+                # What is handed out lies on the way to the result, so that a caller can ask for its gradient.
+                stream.append(inputs.row_view.unpack(x))
+                x = inputs.row_view.pack(stream[-1])
+            output = self._run(cast("RecomputableLayer", layer), x, inputs, rotary, cache, wanted.attention_weights)
             x = output.hidden
             if output.routing is not None:
                 routings.append(output.routing)
@@ -110,17 +112,18 @@ class Qwen3NextModel(Qwen3NextPreTrainedModel):
 
     def _run(
         self,
-        layer: DecoderLayer,
+        layer: "RecomputableLayer",
         x: Tensor,
         inputs: PackedInputs,
         rotary: RotaryTables,
         cache: ModelCache | None,
         want_weights: bool,
     ) -> LayerOutput:
-        recompute = self.gradient_checkpointing and layer.index % self.recompute_every == 0
-        if recompute and self.training and cache is None and not want_weights:
-            return RecomputedLayer(layer, inputs, rotary).run(self._gradient_checkpointing_func, x)
-        return layer(x, inputs, rotary, cache, want_weights=want_weights)
+        recomputes = layer.gradient_checkpointing and self.training
+        if cache is not None and recomputes:  # a second pass would write the cache a second time
+            return DecoderLayer.forward(layer, x, inputs, rotary, cache, want_weights=want_weights)
+        memory = RoutingMemory() if recomputes else None
+        return LayerOutput(*layer(x, inputs, rotary, cache, want_weights=want_weights, memory=memory))
 
     @can_return_tuple
     def forward(
@@ -189,6 +192,40 @@ class Qwen3NextModel(Qwen3NextPreTrainedModel):
         return _or_config(use_cache, self.config.use_cache) and rows.documents is None and not recomputes
 
 
+@dataclass(eq=False)
+class RoutingMemory:
+    """Which experts the tokens of one layer and one forward pass went to; None until that is known."""
+
+    experts: Int[Tensor, "T K"] | None = None
+
+
+class RecomputableLayer(DecoderLayer, GradientCheckpointingLayer):
+    """A decoder layer whose activations transformers may drop and have computed again in the backward pass.
+
+    The first pass notes in `memory` which experts each token went to and the second repeats that choice: rounding that
+    differs between the passes would otherwise send a token elsewhere and make its gradient wrong.
+    """
+
+    def forward(
+        self,
+        x: Float[Tensor, "T D"],
+        inputs: PackedInputs,
+        rotary: RotaryTables,
+        cache: ModelCache | None = None,
+        *,
+        want_weights: bool = False,
+        experts: Int[Tensor, "T K"] | None = None,
+        memory: RoutingMemory | None = None,
+    ) -> LayerOutput:
+        """`memory` is the same object in both passes."""
+        if memory is not None and memory.experts is not None:
+            experts = memory.experts
+        output = DecoderLayer.forward(self, x, inputs, rotary, cache, want_weights=want_weights, experts=experts)
+        if memory is not None:
+            memory.experts = output.experts
+        return output
+
+
 def refuse_unknown(arguments: dict[str, object]) -> None:
     """A misspelt argument must not pass unnoticed; those that transformers hands to every model may."""
     unknown = sorted(set(arguments) - _HANDED_TO_EVERY_MODEL)
@@ -228,7 +265,7 @@ def _in_rows(
     return Qwen3NextModelOutput(
         last_hidden_state=hidden,
         past_key_values=cache,
-        hidden_states=(*map(rows.unpack, output.stream), hidden) if output.stream else None,
+        hidden_states=(*output.stream, hidden) if output.stream else None,
         attentions=output.attention_weights or None,
         router_logits=tuple(rows.unpack(r.logits).flatten(0, 1) for r in output.routings)
         if want_router_logits

@@ -1,15 +1,14 @@
 """What all model classes share: initialisation, and loading and saving in the published layout."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils.modeling import convert_file_size_to_int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.integrations.accelerate import load_offloaded_parameter
@@ -32,7 +31,7 @@ class Qwen3NextPreTrainedModel(PreTrainedModel):
     config_class = Qwen3NextConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DecoderLayer"]
+    _no_split_modules = ["DecoderLayer", "RecomputableLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = False
@@ -64,13 +63,6 @@ class Qwen3NextPreTrainedModel(PreTrainedModel):
             init.copy_(module.inv_freq, rotary_settings(self.config)[0])
         else:
             super()._init_weights(module)
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, every_n_layers: int = 1
-    ) -> None:
-        """transformers' hook behind `gradient_checkpointing_enable`; older versions know no `every_n_layers`."""
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
-        cast("Any", self.base_model).recompute_every = every_n_layers
 
     @staticmethod
     def _load_pretrained_model(
@@ -162,7 +154,7 @@ def _checked_state_dict(
         weights.compare(
             {name: tuple(tensor.shape) for name, tensor in expected.items()},
             found,
-            base_prefix="model.",
+            base_prefix=f"{model.base_model_prefix}.",
             may_miss=may_miss,
             may_exceed=may_exceed,
         )

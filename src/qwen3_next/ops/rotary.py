@@ -76,12 +76,12 @@ def _dimension_of(turns: float, rotary_dim: int, theta: float, yarn: YarnScaling
 
 
 def rotary_tables(
-    positions: Int[Tensor, "T"], frequencies: Float[Tensor, "R"], attention_factor: float, dtype: torch.dtype
-) -> tuple[Float[Tensor, "T 1 R"], Float[Tensor, "T 1 R"]]:
+    positions: Int[Tensor, "*T"], frequencies: Float[Tensor, "R"], attention_factor: float, dtype: torch.dtype
+) -> tuple[Float[Tensor, "*T 1 R"], Float[Tensor, "*T 1 R"]]:
     """cos and sin of every angle, computed in fp32 and rounded once to `dtype`, ready to broadcast over heads."""
-    angles = positions[:, None].float() * frequencies
+    angles = positions[..., None].float() * frequencies
     cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
-    return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+    return cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
 
 
 @accelerated("rotary_triton")
