@@ -1,0 +1,34 @@
+"""Comparisons that several tests of operations share."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """`|result - expected| / |expected|`; NaN where anything is NaN, which is never small."""
+    difference = (result.double() - expected.double()).norm()
+    return (difference / expected.double().norm().clamp_min(1e-300)).item()
+
+
+def assert_same_gradients(
+    run: Callable[..., Tensor], oracle: Callable[..., Tensor], inputs: Sequence[Tensor], tolerance: float
+) -> None:
+    """The gradients of two functions of the same inputs along one random direction."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    result, expected = run(*inputs), oracle(*inputs)
+    direction = torch.randn_like(expected)
+    grads = torch.autograd.grad(result, inputs, direction.to(result.dtype))
+    for a, b in zip(grads, torch.autograd.grad(expected, inputs, direction), strict=True):
+        assert relative_error(a, b) <= tolerance
+
+
+def assert_pure(run: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+    """Inputs stay as they were, even where the result is written to; a second run gives the same bits."""
+    copies = [x.clone() for x in inputs]
+    with torch.no_grad():
+        first, second = run(*inputs), run(*inputs)
+        assert torch.equal(first, second)
+        first.zero_()
+    assert all(torch.equal(x, copy) for x, copy in zip(inputs, copies, strict=True))
