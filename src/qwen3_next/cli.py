@@ -236,4 +236,5 @@ def _stdin() -> str:
 def _complain(error: Exception) -> None:
     """One line, whatever the message holds."""
     message = cast(typer.BadParameter, error).format_message() if isinstance(error, UsageError) else str(error)
-    Console(stderr=True, highlight=False).print(Text(f"qwen3-next: {' '.join(message.split())}"), soft_wrap=True)
+    if message:  # without any argument the help was shown, and that is all
+        Console(stderr=True, highlight=False).print(Text(f"qwen3-next: {' '.join(message.split())}"), soft_wrap=True)

@@ -100,9 +100,10 @@ class Writer:
             InputError: nothing to read, text that is not Unicode, or no room for an answer in the context.
         """
         try:
-            added = self.loaded.tokenizer.encode(text, add_special_tokens=False).ids
+            text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the text is not valid Unicode ({error.reason}); give it in UTF-8.") from error
+        added = self.loaded.tokenizer.encode(text, add_special_tokens=False).ids
         if not added:
             raise InputError("the prompt is empty; the model needs at least one token to continue.")
         total = len(self.token_ids) + len(added)
