@@ -3,20 +3,23 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen3_next.errors import CheckpointError, StorageError
+from qwen3_next.errors import CheckpointError, ConfigError, StorageError
+from qwen3_next.train.config import TrainConfig
 from qwen3_next.train.data import Cursor
 
-_STATE, _NOTES, _PREFIX = "state.safetensors", "state.json", "step-"
+_MODEL, _STATE, _NOTES, _PREFIX = "model", "state.safetensors", "state.json", "step-"
+_START = Cursor()
 
 
 @dataclass(frozen=True)
@@ -33,27 +36,106 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    cursor: Cursor = Cursor()
+    cursor: Cursor = _START
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes two runs the same: what `same_run_settings` says of the settings, and the documents' checksums."""
+
+    settings: Mapping[str, Any]
+    documents: Sequence[str]
 
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """What a checkpoint holds: where the run stood, its settings, and the optimiser's and generators' tensors."""
+    """What a checkpoint holds: where the run stood, what it was, and the tensors that the model is not made of.
+
+    Attributes:
+        model: directory of the model in the published layout.
+        tensors: the optimiser's, the generators' and the log's.
+    """
 
     progress: Progress
-    settings: dict[str, Any]
+    identity: Identity
+    model: Path
     tensors: dict[str, Tensor]
+
+
+def same_run_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a resumed run must share with the run it continues, by their dotted names.
+
+    They are all that decide what a step computes: the tables model, optimizer and loss, and of data and run what cuts
+    and orders the tokens (sequence_length, tokens_per_batch, seed, accumulate) and the dtype. The documents must be the
+    same too, which their checksums tell whatever the files are called. Free to change are the schedule (a run may be
+    made longer; the new one holds from the next step on), the validation sets, and everything that says where to
+    compute and how often to save, log or validate.
+    """
+    settings = config.as_dict()
+    kept = {table: settings[table] for table in ("model", "optimizer", "loss")}
+    kept["data"] = {key: settings["data"][key] for key in ("sequence_length", "tokens_per_batch")}
+    kept["run"] = {key: settings["run"][key] for key in ("seed", "dtype", "accumulate")}
+    return json.loads(json.dumps(dict(_flattened(kept, ""))))
+
+
+def refuse_other_settings(saved: Mapping[str, Any], config: TrainConfig) -> None:
+    """Compare with the settings that a run was started with.
+
+    Raises:
+        ConfigError: names the first that differs.
+    """
+    mine = same_run_settings(config)
+    for name in sorted(mine.keys() | saved.keys()):
+        if mine.get(name) != saved.get(name):
+            raise ConfigError(
+                f"{name}={mine.get(name)!r}, but the run in {config.run.output} was started with {saved.get(name)!r}; "
+                "restore it, or choose another run.output."
+            )
+
+
+def refuse_other_documents(saved: Sequence[str], mine: Sequence[str], config: TrainConfig) -> None:
+    """Compare with the checksums of the documents that a run was started with.
+
+    Raises:
+        ConfigError: they are others, or in another order; or tokenised otherwise.
+    """
+    if list(saved) != list(mine):
+        raise ConfigError(
+            f"data.train={list(config.data.train)!r} with data.tokenizer={config.data.tokenizer!r} are not the tokens "
+            f"that the run in {config.run.output} was started with; restore files and tokenizer, or choose another "
+            "run.output."
+        )
+
+
+def _flattened(table: Mapping[str, Any], where: str) -> Generator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flattened(cast("dict[str, Any]", value), f"{where}{key}.")
+        else:
+            yield f"{where}{key}", value
+
+
+@contextmanager
+def storage_errors(target: Path) -> Generator[None]:
+    """Turn what a disk or a directory refuses into a `StorageError` that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointError) as error:
+        raise StorageError(
+            f"cannot write {target}: {error}. Checkpoints written before are whole; free some space and run the same "
+            "command again to continue from the last one."
+        ) from error
 
 
 def save_checkpoint(
     directory: Path,
     progress: Progress,
-    settings: Mapping[str, Any],
+    identity: Identity,
     tensors: Mapping[str, Tensor],
     export: Callable[[Path], None],
     keep: int,
 ) -> Path:
-    """Write `step-<n>` beside earlier checkpoints and drop all but the newest `keep`.
+    """Write `step-<n>` beside earlier checkpoints and drop all but the newest `keep`; nothing where it exists.
 
     It is written under another name, flushed to the disk and renamed last, so that a checkpoint is either whole or not
     there.
@@ -65,26 +147,24 @@ def save_checkpoint(
         StorageError: it could not be written; earlier checkpoints are as they were.
     """
     target = directory / f"{_PREFIX}{progress.step:08d}"
-    partial = directory / f".{target.name}.partial"
+    if target.exists():
+        return target
+    _remove_partial(directory)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        export(partial / "model")
-        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, partial / _STATE)
-        notes = {"progress": asdict(progress), "settings": dict(settings)}
-        (partial / _NOTES).write_text(json.dumps(notes, indent=2), encoding="utf-8")
-        _flush(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.replace(target)
-        _flush_entry(directory)
-    except (OSError, SafetensorError, CheckpointError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise StorageError(
-            f"cannot write the checkpoint {target}: {error}. Earlier checkpoints are whole; free some space and run the "
-            "same command again to continue."
-        ) from error
-    for old in _checkpoints(directory)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        with storage_errors(target):
+            partial = _partial(target)
+            partial.mkdir(parents=True)
+            export(partial / _MODEL)
+            save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, partial / _STATE)
+            notes = {"progress": asdict(progress), "identity": asdict(identity)}
+            (partial / _NOTES).write_text(json.dumps(notes, indent=2), encoding="utf-8")
+            _flush(partial)
+            partial.replace(target)
+            _flush_entry(directory)
+            for old in _checkpoints(directory)[:-keep]:
+                old.replace(_partial(old))  # a kill in the middle of a removal must not leave half a checkpoint
+    finally:
+        _remove_partial(directory)
     return target
 
 
@@ -97,17 +177,18 @@ def load_latest(directory: Path) -> Saved | None:
     found = _checkpoints(directory)
     if not found:
         return None
+    newest = found[-1]
     try:
-        notes = json.loads((found[-1] / _NOTES).read_text(encoding="utf-8"))
-        with safe_open(found[-1] / _STATE, framework="pt") as handle:
+        notes = json.loads((newest / _NOTES).read_text(encoding="utf-8"))
+        with safe_open(newest / _STATE, framework="pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  not a mapping
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        position = notes["progress"]
+        progress = Progress(**(position | {"cursor": Cursor(**position["cursor"])}))
+        return Saved(progress, Identity(**notes["identity"]), newest / _MODEL, tensors)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"cannot read the checkpoint {found[-1]}: {error}. Remove that directory to continue from the one before."
+            f"cannot read the checkpoint {newest}: {error}. Remove that directory to continue from the one before."
         ) from error
-    position = notes["progress"]
-    progress = Progress(**(position | {"cursor": Cursor(**position["cursor"])}))
-    return Saved(progress, notes["settings"], tensors)
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:
@@ -127,6 +208,15 @@ def set_generator_states(tensors: Mapping[str, Tensor], device: torch.device) ->
 
 def _checkpoints(directory: Path) -> list[Path]:
     return sorted(directory.glob(f"{_PREFIX}*"))
+
+
+def _partial(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f".{checkpoint.name}.partial")
+
+
+def _remove_partial(directory: Path) -> None:
+    for path in directory.glob(f".{_PREFIX}*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _flush(directory: Path) -> None:

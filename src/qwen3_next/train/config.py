@@ -2,12 +2,16 @@
 
 import difflib
 import math
+import re
 import tomllib
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Collection
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from qwen3_next.config import Qwen3NextConfig
+from huggingface_hub.errors import StrictDataclassError
+
+from qwen3_next.config import OTHER_SPELLINGS, Qwen3NextConfig
 from qwen3_next.errors import ConfigError
 
 
@@ -31,9 +35,9 @@ class DataSettings:
     Attributes:
         train: JSON-lines files (`text` or `messages` in each row; .zst is read too) or tokenised directories.
         validation: named sets of the same kinds.
-        tokenizer: a tokenizer directory or hub id; needed for JSON lines.
+        tokenizer: a tokenizer directory or hub id; needed for JSON lines, and copied beside the exported model.
         sequence_length: tokens of a document that are read in one piece at most.
-        tokens_per_batch: tokens of one packed batch, the unit of accumulation.
+        tokens_per_batch: tokens of one packed batch, the unit of accumulation; at least `sequence_length`.
     """
 
     train: tuple[str, ...]
@@ -64,7 +68,7 @@ class ScheduleSettings:
         steps: optimiser steps in all.
         warmup_steps: steps of linear rise.
         decay: share of the steps that "wsd" falls in.
-        final: learning rate at the end, as a share of the peak.
+        final: what it falls to after the last step, as a share of the peak.
     """
 
     kind: Literal["cosine", "wsd"] = "cosine"
@@ -121,7 +125,11 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole run; each field is a table of the TOML file."""
+    """A whole run; each field is a table of the TOML file.
+
+    Raises:
+        ConfigError: a value of another type or outside its bounds.
+    """
 
     model: ModelSettings
     data: DataSettings
@@ -131,13 +139,12 @@ class TrainConfig:
     run: RunSettings
 
     def __post_init__(self) -> None:
-        for name, section in self.sections().items():
-            _check_choices(name, section)
-        _check_values(self)
-
-    def sections(self) -> dict[str, Any]:
-        """The tables by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        for table in fields(self):
+            _check_types(table.name, getattr(self, table.name))
+        _check_bounds(self)
+        _check_sources(self)
+        if self.model.config:
+            _check_model(self.model.config)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for the log and for comparing with a checkpoint."""
@@ -167,46 +174,78 @@ C = TypeVar("C")
 
 
 def _build(cls: type[C], table: dict[str, Any], where: str) -> C:
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    known = {f.name: f for f in fields(cast(Any, cls))}
+    _refuse_unknown(table, known, where)
+    for name, f in known.items():
+        if name not in table and f.default is MISSING and f.default_factory is MISSING:
+            raise ConfigError(f"{where}{name} is missing; docs/training.md lists what every table must hold.")
+    hints = get_type_hints(cls)
+    return cls(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in table.items()})
+
+
+def _refuse_unknown(table: Collection[str], known: Collection[str], where: str) -> None:
     for key in table:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(sorted(known))}."
             raise ConfigError(f"unknown key {where}{key}; {hint}")
-    hints = get_type_hints(cls)
-    values = {key: _convert(hints[key], value, f"{where}{key}") for key, value in table.items()}
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise ConfigError(f"table [{where.rstrip('.') or 'top level'}]: {error}.") from error
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
     if is_dataclass(hint):
         if not isinstance(value, dict):
             raise ConfigError(f"{name}={value!r} must be a table; write [{name}].")
-        return _build(hint, value, f"{name}.")  # type: ignore[arg-type]
-    if isinstance(value, list):
-        return tuple(value)
-    wanted = get_args(hint) or (hint,)
-    if float in wanted and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint in (int, float, bool, str) and type(value) is not hint:
-        raise ConfigError(f"{name}={value!r} must be of type {hint.__name__}.")
-    return value
+        return _build(cast("type[Any]", hint), cast("dict[str, Any]", value), f"{name}.")
+    return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
 
 
-def _check_choices(section: str, settings: Any) -> None:
+def _check_types(table: str, settings: Any) -> None:
     for name, hint in get_type_hints(type(settings)).items():
-        choices, value = get_args(hint), getattr(settings, name)
-        if choices and all(isinstance(c, str) for c in choices) and value not in choices:
-            raise ConfigError(f"{section}.{name}={value!r}; choose one of {', '.join(choices)}.")
+        value = getattr(settings, name)
+        if not _fits(value, hint):
+            shown: Any = list(cast("tuple[Any]", value)) if isinstance(value, tuple) else value
+            raise ConfigError(f"{table}.{name}={shown!r} must be {_described(hint)}.")
 
 
-def _check_values(c: TrainConfig) -> None:
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        items = cast("tuple[Any, ...]", value)
+        wanted = inner[:1] * len(items) if inner[-1] is Ellipsis else inner
+        return len(items) == len(wanted) and all(map(_fits, items, wanted))
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(v, inner[1]) for v in cast("dict[str, Any]", value).values())
+    if inner:
+        return any(_fits(value, choice) for choice in inner)
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
+def _described(hint: Any) -> str:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, inner))}"
+    if origin is tuple:
+        count = "" if inner[-1] is Ellipsis else f"{len(inner)} "
+        return f"a list of {count}{_PLURALS[inner[0]]}"
+    if origin is dict:
+        return "a table" + (f" of {_PLURALS[inner[1]]}" if inner[1] in _PLURALS else "")
+    return _SINGULARS[inner[0] if inner else hint]
+
+
+_PLURALS = {str: "strings", float: "numbers"}
+_SINGULARS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _check_bounds(c: TrainConfig) -> None:
     bounds: list[tuple[str, float, float, float]] = [
         ("data.sequence_length", c.data.sequence_length, 2, math.inf),
-        ("data.tokens_per_batch", c.data.tokens_per_batch, 2, math.inf),
+        ("data.tokens_per_batch", c.data.tokens_per_batch, c.data.sequence_length, math.inf),
         ("optimizer.lr", c.optimizer.lr, 0, 10),
         ("optimizer.eps", c.optimizer.eps, 0, 1),
         ("optimizer.weight_decay", c.optimizer.weight_decay, 0, 10),
@@ -219,6 +258,7 @@ def _check_values(c: TrainConfig) -> None:
         ("schedule.final", c.schedule.final, 0, 1),
         ("loss.mtp_weight", c.loss.mtp_weight or 0.0, 0, math.inf),
         ("loss.balance_coefficient", c.loss.balance_coefficient or 0.0, 0, math.inf),
+        ("run.seed", c.run.seed, 0, 2**63 - 1),
         ("run.accumulate", c.run.accumulate, 1, math.inf),
         ("run.checkpoint_every", c.run.checkpoint_every, 0, math.inf),
         ("run.validate_every", c.run.validate_every, 0, math.inf),
@@ -227,11 +267,27 @@ def _check_values(c: TrainConfig) -> None:
         ("run.max_seconds", c.run.max_seconds, 0, math.inf),
     ]
     for name, value, low, high in bounds:
-        if not low <= value <= high:
-            raise ConfigError(f"{name}={value} is outside {low} to {high}.")
+        if not (low <= value <= high and math.isfinite(value)):
+            allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise ConfigError(f"{name}={value} is out of bounds; it must be a finite number, {allowed}.")
+
+
+def _check_sources(c: TrainConfig) -> None:
     if not c.data.train:
         raise ConfigError("data.train names no file; list JSON-lines files or tokenised directories.")
     if bool(c.model.path) == bool(c.model.config):
         raise ConfigError("[model] needs either path (a checkpoint) or a table [model.config] (a fresh model).")
-    if c.model.config:
-        Qwen3NextConfig(**c.model.config)  # refuses what cannot be served before any data is read
+    if not c.run.output:
+        raise ConfigError("run.output is empty; name the directory for checkpoints, logs and the trained model.")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.run.device):
+        raise ConfigError(f"run.device={c.run.device!r}; write 'auto', 'cpu', 'cuda' or 'cuda:N'.")
+
+
+def _check_model(config: dict[str, Any]) -> None:
+    """Refuse what cannot be served before any data is read; a misspelt field would silently become a default."""
+    known = {f.name for f in fields(cast(Any, Qwen3NextConfig))}
+    _refuse_unknown(config, known | {"model_type", *OTHER_SPELLINGS}, "model.config.")
+    try:
+        Qwen3NextConfig(**config)
+    except (StrictDataclassError, TypeError) as error:
+        raise ConfigError(f"[model.config]: {' '.join(str(error).split())}.") from error

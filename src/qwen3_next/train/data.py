@@ -134,7 +134,7 @@ def _move(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-class Prefetcher:
+class Prefetcher(Iterator[PackedBatch]):
     """Prepares batches in a thread, a few ahead of their use; an error in it is raised where the batch is wanted."""
 
     def __init__(self, batches: Iterator[PackedBatch], ahead: int = 4) -> None:
@@ -143,37 +143,33 @@ class Prefetcher:
         self._thread = threading.Thread(target=self._fill, args=(batches,), daemon=True)
         self._thread.start()
 
-    def next(self) -> PackedBatch:
-        """The next batch, in order."""
+    def __next__(self) -> PackedBatch:
         item = self._queue.get()
         if isinstance(item, Exception):
+            self._queue.put(item)  # it is the last thing that comes, and is raised as often as one asks
             raise item
         return item
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the thread and wait for its end."""
         self._stopped.set()
-        while self._thread.is_alive():
-            self._drain()
-            self._thread.join(timeout=0.05)
-
-    def _drain(self) -> None:
-        while not self._queue.empty():
-            self._queue.get_nowait()
+        self._thread.join()
 
     def _fill(self, batches: Iterator[PackedBatch]) -> None:
         try:
             for batch in batches:
-                self._put(batch)
-                if self._stopped.is_set():
+                if not self._put(batch):
                     return
+            self._put(StopIteration())
         except Exception as error:  # handed to the consumer, who raises it
             self._put(error)
 
-    def _put(self, item: PackedBatch | Exception) -> None:
+    def _put(self, item: PackedBatch | Exception) -> bool:
+        """Wait for room; False where nobody wants more."""
         while not self._stopped.is_set():
             try:
                 self._queue.put(item, timeout=0.1)
-                return
+                return True
             except queue.Full:
                 continue
+        return False

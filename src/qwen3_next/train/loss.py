@@ -61,13 +61,11 @@ class LoadBuffer:
 
     def __init__(self) -> None:
         self.counts: Int[Tensor, "L E"] | None = None
-        self.tokens = 0
         self.preset = False
 
-    def add(self, load: Int[Tensor, "L E"], tokens: int) -> None:
+    def add(self, load: Int[Tensor, "L E"]) -> None:
         """Count one more batch."""
         self.counts = load if self.counts is None else self.counts + load
-        self.tokens += tokens
 
 
 def batch_loss(
@@ -86,7 +84,7 @@ def batch_loss(
     losses = model.packed_losses(inputs, targets)
     lm = losses.lm.sum() / max(1, window.targets[0])
     mtp = _mtp_mean(losses, window)
-    balance, load = _balance(losses.routings, inputs.segments.total, window, buffer)
+    balance, load = _balance(losses, window, buffer)
     total = lm + weights.mtp * mtp + weights.balance * balance
     return BatchLoss(total, lm.detach(), mtp.detach(), balance.detach(), load)
 
@@ -99,7 +97,7 @@ def count_load(
         losses = model.packed_losses(inputs, targets)
     load = layer_load(losses.routings)
     if load is not None:
-        buffer.add(load, inputs.segments.total * _ranks())
+        buffer.add(load)
 
 
 def layer_load(routings: Sequence[Routing]) -> Int[Tensor, "L E"] | None:
@@ -118,18 +116,19 @@ def _mtp_mean(losses: PackedLosses, window: Window) -> Tensor:
     return torch.stack(shares).mean() if shares else losses.lm.new_zeros(())
 
 
-def _balance(
-    routings: Sequence[Routing], tokens: int, window: Window, buffer: LoadBuffer
-) -> tuple[Tensor, Int[Tensor, "L E"] | None]:
-    load = layer_load(routings)
+def _balance(losses: PackedLosses, window: Window, buffer: LoadBuffer) -> tuple[Tensor, Int[Tensor, "L E"] | None]:
+    load = layer_load(losses.routings)
     if load is None:
-        return torch.zeros(()), None
+        return losses.lm.new_zeros(()), None
     if not buffer.preset:
-        buffer.add(load, tokens * _ranks())
+        buffer.add(load)
     assert buffer.counts is not None
     terms = [
-        load_balancing_loss(counts, buffer.tokens, routing.probabilities.sum(0), window.tokens)
-        for counts, routing in zip(buffer.counts, routings, strict=True)
+        # Each token counted for as many experts as it chose, so the sum tells how many tokens there were on all ranks.
+        load_balancing_loss(
+            counts, counts.sum() / routing.experts.shape[1], routing.probabilities.sum(0), window.tokens
+        )
+        for counts, routing in zip(buffer.counts, losses.routings, strict=True)
     ]
     return torch.stack(terms).mean(), load
 

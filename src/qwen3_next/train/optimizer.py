@@ -5,9 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim.adamw import adamw
 
 from qwen3_next.model.layers import RMSNorm
 from qwen3_next.train.config import OptimizerSettings
+
+_ALWAYS_FP32 = ("A_log", "dt_bias")
+"""They steer an exponential, which the published model computes in fp32."""
 
 
 @dataclass(frozen=True)
@@ -44,74 +49,120 @@ def parameter_groups(model: nn.Module) -> tuple[ParameterGroup, ...]:
     return tuple(ParameterGroup(group, group != "not_decayed", tuple(members)) for group, members in names.items())
 
 
-class MasterAdamW:
-    """Keeps an fp32 copy of every parameter, steps it, and rounds the result into the model.
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One parameter of the model and what the optimiser keeps for it, all fp32 on the parameter's device.
 
-    Gradients of several batches are summed in fp32. A step whose gradient norm is not finite changes nothing; it is
-    remembered in `skipped`, so that the host can look when it likes instead of waiting for the device at every step.
+    Attributes:
+        parameter: what the model computes with: the master itself, or a copy of it in the dtype of computation.
+        master: the weights.
+        grad: the sum of the gradients of a window.
+        mean, square: the moments, running means of gradient and squared gradient.
+        step: how many steps the moments have seen.
     """
 
-    def __init__(self, model: nn.Module, settings: OptimizerSettings) -> None:
+    parameter: nn.Parameter
+    master: Tensor
+    grad: Tensor
+    mean: Tensor
+    square: Tensor
+    step: Tensor
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of it."""
+        return {"master": self.master, "mean": self.mean, "square": self.square, "step": self.step}
+
+
+class MasterAdamW:
+    """Takes a model's fp32 parameters as master weights and gives the model copies in the dtype of computation.
+
+    Gradients of several batches are summed in fp32. A step whose gradient norm is not finite changes nothing; it is
+    counted in `skipped`, on the device, so that the host can look when it likes instead of waiting at every step.
+    """
+
+    def __init__(self, model: nn.Module, settings: OptimizerSettings, dtype: torch.dtype) -> None:
         self.settings = settings
         self.groups = parameter_groups(model)
         parameters = dict(model.named_parameters())
-        self.names = [name for group in self.groups for name in group.parameters]
-        self.parameters = [parameters[name] for name in self.names]
-        self.masters = [p.detach().to(torch.float32, copy=True) for p in self.parameters]
-        for master in self.masters:
-            master.grad = torch.zeros_like(master)
-        self.device = self.masters[0].device
+        self.slots = {
+            name: _slot(parameters[name], torch.float32 if name.endswith(_ALWAYS_FP32) else dtype)
+            for group in self.groups
+            for name in group.parameters
+        }
+        self.device = next(iter(self.slots.values())).master.device
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.adam = self._adam(dict(zip(self.names, self.masters, strict=True)))
 
-    def _adam(self, masters: Mapping[str, Tensor]) -> torch.optim.AdamW:
-        s = self.settings
-        groups = [
-            {"params": [masters[n] for n in g.parameters], "weight_decay": s.weight_decay if g.decayed else 0.0}
-            for g in self.groups
-            if g.parameters
-        ]
-        return torch.optim.AdamW(groups, lr=s.lr, betas=s.betas, eps=s.eps, fused=True)
-
+    @torch.no_grad()
     def accumulate(self) -> None:
         """Add the model's gradients to the fp32 sums and drop them."""
-        pairs = [(m.grad, p.grad) for m, p in zip(self.masters, self.parameters, strict=True) if p.grad is not None]
-        torch._foreach_add_([sums for sums, _ in pairs], [grad for _, grad in pairs])
-        for parameter in self.parameters:
-            parameter.grad = None
+        pairs = [(slot.grad, slot.parameter.grad) for slot in self.slots.values() if slot.parameter.grad is not None]
+        torch._foreach_add_([ours for ours, _ in pairs], [new for _, new in pairs])  # pyright: ignore[reportPrivateImportUsage]
+        for slot in self.slots.values():
+            slot.parameter.grad = None
 
+    @torch.no_grad()
     def step(self, lr: float) -> Tensor:
         """Clip, update, round into the model, clear the sums. Returns the gradient norm before clipping."""
-        sums = [master.grad for master in self.masters if master.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(sums)))
-        broken = ~torch.isfinite(norm)
+        grads = [slot.grad for slot in self.slots.values()]
+        norm = get_total_norm(grads)
+        broken = ~norm.isfinite()
         self.skipped += broken
-        clip = self.settings.clip or float("inf")
-        # The fused kernel divides gradients by `grad_scale` and skips the update where `found_inf` is set.
-        self.adam.grad_scale = (norm / clip).clamp_min(1.0)  # type: ignore[attr-defined]
-        self.adam.found_inf = broken.float()  # type: ignore[attr-defined]
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        self.adam.step()
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.masters)
-            torch._foreach_zero_(sums)
+        # The fused kernel divides gradients by `grad_scale` and does nothing where `found_inf` is set.
+        scale = (norm / self.settings.clip).clamp_min(1.0) if self.settings.clip else torch.ones_like(norm)
+        for group in self.groups:
+            self._update(group, lr, scale, broken.float())
+        self._round()
+        torch._foreach_zero_(grads)  # pyright: ignore[reportPrivateImportUsage]
         return norm
+
+    def _round(self) -> None:
+        """Copy the masters into the parameters that are of another dtype."""
+        slots = [slot for slot in self.slots.values() if slot.parameter.dtype != torch.float32]
+        if slots:
+            parameters: list[Tensor] = [slot.parameter for slot in slots]
+            torch._foreach_copy_(parameters, [slot.master for slot in slots])  # pyright: ignore[reportPrivateImportUsage]
+
+    def _update(self, group: ParameterGroup, lr: float, grad_scale: Tensor, found_inf: Tensor) -> None:
+        slots = [self.slots[name] for name in group.parameters]
+        adamw(
+            [slot.master for slot in slots],
+            [slot.grad for slot in slots],
+            [slot.mean for slot in slots],
+            [slot.square for slot in slots],
+            [],
+            [slot.step for slot in slots],
+            fused=True,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            amsgrad=False,
+            beta1=self.settings.betas[0],
+            beta2=self.settings.betas[1],
+            lr=lr,
+            weight_decay=self.settings.weight_decay if group.decayed else 0.0,
+            eps=self.settings.eps,
+            maximize=False,
+        )
+
+    def largest_norm_weight(self) -> float:
+        """The largest zero-centred norm weight in magnitude, whose growth Qwen3-Next watches; waits for the device."""
+        names = next(group.parameters for group in self.groups if group.name == "zero_centred_norms")
+        return torch.stack([self.slots[name].master.abs().max() for name in names]).max().item()
 
     def state(self) -> dict[str, Tensor]:
         """Master weights, moments and step counts by name, for a checkpoint."""
-        tensors = {f"master.{name}": master for name, master in zip(self.names, self.masters, strict=True)}
-        for name, master in zip(self.names, self.masters, strict=True):
-            for key, value in self.adam.state[master].items():
-                tensors[f"{key}.{name}"] = value
-        return tensors
+        return {f"{key}.{name}": tensor for name, slot in self.slots.items() for key, tensor in slot.state().items()}
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Continue exactly where `state` was taken."""
-        for name, master, parameter in zip(self.names, self.masters, self.parameters, strict=True):
-            master.copy_(tensors[f"master.{name}"])
-            parameter.copy_(master)
-            self.adam.state[master] = {
-                key: tensors[f"{key}.{name}"].to(self.device, copy=True) for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+        for name, slot in self.slots.items():
+            for key, tensor in slot.state().items():
+                tensor.copy_(tensors[f"{key}.{name}"])
+        self._round()
+
+
+def _slot(parameter: nn.Parameter, dtype: torch.dtype) -> Slot:
+    master = parameter.detach().float()
+    parameter.data = master.to(dtype)
+    grad, mean, square = (torch.zeros_like(master) for _ in range(3))
+    return Slot(parameter, master, grad, mean, square, torch.zeros((), device=master.device))
