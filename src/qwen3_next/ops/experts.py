@@ -1,5 +1,6 @@
 """The mixture of small experts: routing, grouped SwiGLU, weighted sum."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,13 +83,12 @@ def swiglu_experts(
         return x * 0
     if x.is_cuda and experts.numel() <= _GATHER_LIMIT and not torch.is_grad_enabled():
         return _gathered(x, gate_up_proj, down_proj, weights, experts)
-    top_k = experts.shape[1]
     by_expert, order = experts.flatten().sort(stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    product = _grouped_product(x, gate_up_proj, by_expert)
-    gate, up = product(_permuted(x, order // top_k, inverse, top_k), gate_up_proj).chunk(2, dim=-1)
-    outputs = _permuted(product(F.silu(gate) * up, down_proj), inverse, order, 1)
-    return (outputs.view(*experts.shape, -1) * weights[..., None]).sum(dim=1)
+    if _has_grouped_gemm(x, gate_up_proj):
+        return _grouped(x, gate_up_proj, down_proj, weights, by_expert, order)
+    hit, sizes = (found.tolist() for found in by_expert.unique_consecutive(return_counts=True))
+    loop = _looped if torch.is_grad_enabled() else _looped_in_place
+    return loop(x, gate_up_proj, down_proj, weights, order, hit, sizes)
 
 
 def expert_counts(experts: Int[Tensor, "T K"], num_experts: int) -> Int[Tensor, "E"]:
@@ -122,6 +122,7 @@ class _Permutation(torch.autograd.Function):
 
 
 def _gathered(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """Every (token, expert) pair reads its expert: no sorting, no grouping."""
     pairs = experts.flatten()
     repeated = x[:, None].expand(-1, experts.shape[1], -1).flatten(0, 1)[..., None]
     gate, up = torch.bmm(gate_up_proj[pairs], repeated).chunk(2, dim=1)
@@ -129,35 +130,69 @@ def _gathered(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weights: Tenso
     return torch.bmm(weights[:, None], outputs.view(*experts.shape, -1))[:, 0]
 
 
-class _GroupedGemm:
-    """Rows grouped by expert times the experts' matrices, in one GPU kernel (bf16)."""
-
-    def __init__(self, by_expert: Int[Tensor, "P"], num_experts: int) -> None:
-        numbers = torch.arange(num_experts, device=by_expert.device)
-        self.borders = torch.searchsorted(by_expert, numbers, right=True, out_int32=True)
-
-    def __call__(self, x: Float[Tensor, "P I"], weight: Float[Tensor, "E O I"]) -> Float[Tensor, "P O"]:
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=self.borders)
-
-
-class _ExpertLoop:
-    """The same product, one matrix multiplication for each expert that was hit."""
-
-    def __init__(self, by_expert: Int[Tensor, "P"]) -> None:
-        hit, sizes = by_expert.unique_consecutive(return_counts=True)
-        self.hit: list[int] = hit.tolist()
-        self.sizes: list[int] = sizes.tolist()
-
-    def __call__(self, x: Float[Tensor, "P I"], weight: Float[Tensor, "E O I"]) -> Float[Tensor, "P O"]:
-        # Indexing one expert costs a full-size gradient each; unbind costs one for all of them together.
-        matrices = weight.unbind(0) if weight.requires_grad else weight
-        return torch.cat([rows @ matrices[e].t() for rows, e in zip(x.split(self.sizes), self.hit, strict=True)])
-
-
-def _grouped_product(x: Tensor, weight: Tensor, by_expert: Tensor) -> _GroupedGemm | _ExpertLoop:
-    """`by_expert` is the expert of each row, in rising order."""
-    aligned = all(size % _ALIGNMENT == 0 for size in (weight.shape[1] // 2, weight.shape[2]))
+def _has_grouped_gemm(x: Tensor, gate_up_proj: Tensor) -> bool:
+    """torch's kernel is for bf16 on Hopper and later; elsewhere it is a slow loop, or missing."""
+    aligned = all(size % _ALIGNMENT == 0 for size in (gate_up_proj.shape[1] // 2, gate_up_proj.shape[2]))
     on_hopper = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    if on_hopper and aligned and x.dtype is torch.bfloat16:
-        return _GroupedGemm(by_expert, weight.shape[0])
-    return _ExpertLoop(by_expert)
+    return on_hopper and aligned and x.dtype is torch.bfloat16
+
+
+def _grouped(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weights: Tensor, by_expert: Tensor, order: Tensor
+) -> Tensor:
+    """Each projection of all experts is one GPU kernel over the rows sorted by expert."""
+    numbers = torch.arange(gate_up_proj.shape[0], device=x.device)
+    borders = torch.searchsorted(by_expert, numbers, right=True, out_int32=True)
+    inverse = _inverse(order)
+    rows = _permuted(x, order // weights.shape[1], inverse, weights.shape[1])
+    gate, up = F.grouped_mm(rows, gate_up_proj.mT, offs=borders).chunk(2, dim=-1)
+    outputs = F.grouped_mm(F.silu(gate) * up, down_proj.mT, offs=borders)
+    return _combined(_permuted(outputs, inverse, order, 1), weights)
+
+
+def _looped(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    weights: Tensor,
+    order: Tensor,
+    hit: Sequence[int],
+    sizes: list[int],
+) -> Tensor:
+    """One expert that was hit after the other."""
+    inverse = _inverse(order)
+    rows = _permuted(x, order // weights.shape[1], inverse, weights.shape[1]).split(sizes)
+    # Indexing one expert costs a full-size gradient each; unbind costs one for all of them together.
+    first, second = gate_up_proj.unbind(0), down_proj.unbind(0)
+    outputs = torch.cat([_swiglu(part, first[e], second[e]) for part, e in zip(rows, hit, strict=True)])
+    return _combined(_permuted(outputs, inverse, order, 1), weights)
+
+
+def _looped_in_place(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    weights: Tensor,
+    order: Tensor,
+    hit: Sequence[int],
+    sizes: list[int],
+) -> Tensor:
+    """The same without gradients: each expert's rows stay in a CPU's cache from the gather to the sum in fp32."""
+    total = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    tokens, shares = order // weights.shape[1], weights.flatten()[order, None].to(total.dtype)
+    for e, of_expert, share in zip(hit, tokens.split(sizes), shares.split(sizes), strict=True):
+        total.index_add_(0, of_expert, _swiglu(x[of_expert], gate_up_proj[e], down_proj[e]) * share)
+    return total.to(x.dtype)
+
+
+def _swiglu(x: Float[Tensor, "P D"], gate_up: Float[Tensor, "2F D"], down: Float[Tensor, "D F"]) -> Tensor:
+    gate, up = (x @ gate_up.t()).chunk(2, dim=-1)
+    return (F.silu(gate) * up) @ down.t()
+
+
+def _combined(outputs: Float[Tensor, "T_times_K D"], weights: Float[Tensor, "T K"]) -> Float[Tensor, "T D"]:
+    return (outputs.unflatten(0, weights.shape) * weights[..., None]).sum(dim=1)
+
+
+def _inverse(order: Int[Tensor, "P"]) -> Int[Tensor, "P"]:
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
