@@ -9,8 +9,6 @@ import sys
 
 from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging
-
 from tests.model.parity import (
     BF16_BOUND,
     CONFIGURATIONS,
@@ -21,6 +19,7 @@ from tests.model.parity import (
     gradient_errors,
     logits_error,
 )
+from transformers.utils import logging
 
 COLUMNS = {
     "logits": LOGITS_BOUND,

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from tests.conftest import EVERY_EXPERT, tiny_model
+from tests.model.reference import peer_of, relative_error
 from torch import Tensor
 
 from qwen3_next import Qwen3NextForCausalLM
-from tests.conftest import EVERY_EXPERT, tiny_model
-from tests.model.reference import peer_of, relative_error
 
 LOGITS_BOUND, GRADIENTS_BOUND, BF16_BOUND = 1e-5, 1e-4, 2e-2
 """What the largest relative errors must stay below."""
@@ -47,8 +47,8 @@ LENGTHS = (1, 7, 64, 65, 131)
 ROUTING_GAP = 2e-5
 """Scores of the last expert chosen and of the first one not chosen are at least this far apart in what is compared.
 
-Closer than that, fp32 rounding alone may decide, in either package, which expert a token goes to: what follows is then a
-comparison of two experts.
+Closer than that, fp32 rounding alone may decide, in either package, which expert a token goes to: what follows is then
+a comparison of two experts.
 """
 
 

@@ -15,7 +15,7 @@ def peer_of(model: Qwen3NextForCausalLM) -> PeerModel:
     peer = PeerModel(config).to(model.dtype)
     weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("mtp.")}
     missing, unexpected = peer.load_state_dict(weights, strict=False)
-    assert not unexpected and not missing, (missing, unexpected)
+    assert (missing, unexpected) == ([], [])
     return peer.train(model.training)
 
 

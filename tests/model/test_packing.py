@@ -90,7 +90,7 @@ def test_padded_rows_equal_unpadded_rows_over_several_calls(side: str, implement
         whole_mask = torch.cat([mask, torch.ones_like(following)], dim=1)
         second = model(following, attention_mask=whole_mask, past_key_values=first.past_key_values)
         alone = model(torch.cat([short, following[1:]], 1)).logits[0]
-        # On the right, positions count the padding in between; the rotary embedding sees only differences within a call.
+        # On the right, positions count the padding in between; the rotary embedding sees differences in a call only.
         if side == "left":
             assert relative_error(torch.cat([kept, second.logits[1]]), alone) < TOLERANCE
         else:
@@ -133,5 +133,25 @@ def test_contradicting_inputs_are_refused() -> None:
         model(tokens, cu_seq_lens_q=torch.tensor([0, 3, 4]))
     with pytest.raises(InputError, match="position_ids"):
         model(tokens, position_ids=torch.zeros(1, 4, dtype=torch.long))
-    with pytest.raises(InputError, match="unknown argument.*atention_mask"):
+    with pytest.raises(InputError, match=r"unknown argument.*atention_mask"):
         model(tokens, atention_mask=torch.ones(1, 5))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_call_that_holds_padding_only_leaves_the_cache_as_it_was(implementation: str) -> None:
+    """The first part of left-padded rows whose prompt is given in parts may hold no token at all."""
+    model = tiny_model(7, **EVERY_EXPERT)
+    model.set_attn_implementation(implementation)
+    tokens = torch.randint(0, 97, (2, 6))
+    nothing = model(torch.zeros(2, 5, dtype=torch.long), attention_mask=torch.zeros(2, 5, dtype=torch.long))
+    assert not nothing.logits.any()
+    mask = torch.tensor([[0] * 5 + [1] * 6] * 2)
+    following = model(tokens, attention_mask=mask, past_key_values=nothing.past_key_values)
+    assert relative_error(following.logits, model(tokens).logits) < TOLERANCE
+
+
+def test_a_cache_made_for_another_model_is_refused() -> None:
+    model, other = tiny_model(), tiny_model(layer_types=["full_attention"] * 4)
+    cache = DynamicCache(config=other.config)
+    with pytest.raises(InputError, match=r"layer 0 is a Gated DeltaNet layer.*DynamicCache\(config="):
+        model(torch.zeros(1, 4, dtype=torch.long), past_key_values=cache)

@@ -65,13 +65,15 @@ class GatedAttention(nn.Module):
 
     def project(self, x: Float[Tensor, "T D"], rotary: RotaryTables) -> Projections:
         """Each head of `q_proj` is [query | gate]; the gate gets neither norm nor rotation."""
-        heads = (x.shape[0], -1)
-        q, gate = self.q_proj(x).view(*heads, 2 * self.head_dim).chunk(2, dim=-1)
+        heads = (self.config.num_attention_heads, 2 * self.head_dim)
+        kv_heads = (self.config.num_key_value_heads, self.head_dim)
+        q, gate = self.q_proj(x).unflatten(-1, heads).chunk(2, dim=-1)
         q = apply_rotary(self.q_norm(q), *rotary)
-        k = apply_rotary(self.k_norm(self.k_proj(x).view(*heads, self.head_dim)), *rotary)
-        return Projections(q, k, self.v_proj(x).view(*heads, self.head_dim), gate)
+        k = apply_rotary(self.k_norm(self.k_proj(x).unflatten(-1, kv_heads)), *rotary)
+        return Projections(q, k, self.v_proj(x).unflatten(-1, kv_heads), gate)
 
     def gate_and_project(self, mixed: Float[Tensor, "T H Dh"], gate: Float[Tensor, "T H Dh"]) -> Float[Tensor, "T D"]:
+        """What the layer adds to the residual stream."""
         return self.o_proj((mixed * torch.sigmoid(gate)).flatten(1))
 
     def attend_chain(self, chain: list[Projections], inputs: PackedInputs) -> Float[Tensor, "T D"]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.errors import InputError
@@ -98,9 +98,11 @@ class TransformersCache:
         return cls(cache, inputs.rows)
 
     def attention(self, layer: int) -> AttentionCache:
+        """The keys and values of an attention layer."""
         return _AttentionLayer(self.cache, self.rows, layer)
 
     def delta_net(self, layer: int) -> DeltaNetCache:
+        """The states of a Gated DeltaNet layer."""
         return _DeltaNetLayer(self.cache, layer)
 
 
@@ -131,23 +133,36 @@ class _DeltaNetLayer(NamedTuple):
     cache: Cache
     layer: int
 
-    def read(self) -> DeltaNetState | None:
+    @property
+    def _states(self) -> LinearAttentionLayer:
         states = self.cache.layers[self.layer]
-        if not states.has_previous_state[0]:
+        if not isinstance(states, LinearAttentionLayer):
+            raise InputError(
+                f"layer {self.layer} is a Gated DeltaNet layer, but the cache given was made for another model: it has "
+                f"a {type(states).__name__} there. Make it with DynamicCache(config=model.config), or StaticCache."
+            )
+        return states
+
+    def read(self) -> DeltaNetState | None:
+        states = self._states
+        conv, recurrent = states.conv_states[0], states.recurrent_states[0]
+        if not states.has_previous_state[0] or conv is None or recurrent is None:
             return None
-        return DeltaNetState(states.conv_states[0][..., 1:], states.recurrent_states[0])
+        return DeltaNetState(conv[..., 1:], recurrent)
 
     def write(self, state: DeltaNetState) -> None:
-        states = self.cache.layers[self.layer]
+        states = self._states
         if states.record_past:
             raise InputError(
                 f"the cache was told to record its past (`activate_past_recording`), but layer {self.layer} is a Gated "
-                "DeltaNet layer, whose state cannot be rolled back; copy the cache before the tokens that may be undone."
+                "DeltaNet layer, whose state cannot be undone; copy the cache before tokens that may be taken back."
             )
         window = F.pad(state.conv, (1, 0))  # transformers keeps a window of W inputs, of which W - 1 are ever read
         if not states.is_conv_states_initialized[0]:
             states.lazy_initialization(conv_states=window)
-        states.conv_states[0].copy_(window)
+        kept = states.conv_states[0]
+        assert kept is not None
+        kept.copy_(window)
         states.has_previous_state[0] = True
         self.cache.update_recurrent_state(state.recurrent, self.layer)
 

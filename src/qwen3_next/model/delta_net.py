@@ -47,6 +47,7 @@ class GatedDeltaNet(nn.Module):
     def forward(
         self, x: Float[Tensor, "T D"], inputs: PackedInputs, cache: DeltaNetCache | None
     ) -> Float[Tensor, "T D"]:
+        """The mixed tokens; the cache is read before and written after."""
         p = self._project(x)
         before = None if cache is None else cache.read()
         conv = self.conv1d(p.qkv, inputs.segments, None if before is None else before.conv)
@@ -67,10 +68,10 @@ class GatedDeltaNet(nn.Module):
         per_key = self.value_heads // self.key_heads
         values = per_key * self.value_width
         sizes = [self.key_width, self.key_width, values, values]
-        q, k, v, z = self.in_proj_qkvz(x).view(x.shape[0], self.key_heads, -1).split(sizes, dim=-1)
-        b, a = self.in_proj_ba(x).view(x.shape[0], self.key_heads, -1).chunk(2, dim=-1)
+        q, k, v, z = self.in_proj_qkvz(x).unflatten(-1, (self.key_heads, sum(sizes))).split(sizes, dim=-1)
+        b, a = self.in_proj_ba(x).unflatten(-1, (self.key_heads, 2 * per_key)).chunk(2, dim=-1)
         qkv = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], dim=-1)
-        return Projections(qkv, z.reshape(x.shape[0], -1, self.value_width), b.flatten(1), a.flatten(1))
+        return Projections(qkv, z.reshape(x.shape[0], self.value_heads, self.value_width), b.flatten(1), a.flatten(1))
 
     def _heads(self, qkv: Float[Tensor, "T C"]) -> tuple[Tensor, Tensor, Tensor]:
         keys, values = self.key_heads * self.key_width, self.value_heads * self.value_width

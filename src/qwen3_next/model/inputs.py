@@ -44,7 +44,7 @@ class PaddedRows:
         return rows.index_copy(0, self.kept.to(x.device), x).view(self.batch, self.length, *x.shape[1:])
 
     def visibility(self, device: torch.device) -> Bool[Tensor, "B S past_plus_S"]:
-        """True where a token may look: backwards, inside its document, never at padding (a padding token: at itself)."""
+        """True where a token may look: back, inside its document, never at padding (a padding token: at itself)."""
         keys = torch.arange(self.past + self.length, device=device)
         own = keys[self.past :, None]
         causal = (keys <= own).expand(self.batch, -1, -1)
@@ -79,10 +79,10 @@ class PackedInputs:
         if target == self.positions.device or target.type == "meta":
             return self
         if target not in self._elsewhere:
-            move = {"device": target, "non_blocking": non_blocking}
-            segments = Segments(self.segments.cu_seqlens.to(**move), self.segments.lengths)
-            tokens = None if self.token_ids is None else self.token_ids.to(**move)
-            self._elsewhere[target] = PackedInputs(tokens, self.positions.to(**move), segments, self.rows)
+            segments = Segments(self.segments.cu_seqlens.to(target, non_blocking=non_blocking), self.segments.lengths)
+            tokens = None if self.token_ids is None else self.token_ids.to(target, non_blocking=non_blocking)
+            positions = self.positions.to(target, non_blocking=non_blocking)
+            self._elsewhere[target] = PackedInputs(tokens, positions, segments, self.rows)
         return self._elsewhere[target]
 
     @property

@@ -23,9 +23,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """The normed and scaled `x`, in its dtype."""
         return rms_norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows."""
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
@@ -38,6 +40,7 @@ class GatedRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*B Dv"], gate: Float[Tensor, "*B Dv"]) -> Float[Tensor, "*B Dv"]:
+        """The normed, scaled and gated `x`, in its dtype."""
         return gated_rms_norm(x, gate, self.weight, self.eps)
 
 
@@ -51,6 +54,7 @@ class CausalConvolution(nn.Module):
     def forward(
         self, x: Float[Tensor, "T C"], segments: Segments, state: Float[Tensor, "N C W-1"] | None
     ) -> ConvOutput:
+        """The convolved tokens, and the inputs that the next call needs; `state` is what an earlier one left."""
         return causal_conv(x, self.weight[:, 0], segments, state)
 
 
@@ -64,6 +68,7 @@ class DenseMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        """What the layer adds to the residual stream."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

@@ -19,6 +19,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
     def forward(self, x: Float[Tensor, "T D"], experts: Int[Tensor, "T K"] | None = None) -> Routing:
+        """Where each token goes; `experts` repeats a choice made before."""
         return route(x, self.weight, self.top_k, self.normalize, experts)
 
 
@@ -33,6 +34,7 @@ class Experts(nn.Module):
         self.register_load_state_dict_pre_hook(_take_single_experts)
 
     def forward(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
+        """The weighted sum of each token's experts."""
         return swiglu_experts(x, self.gate_up_proj, self.down_proj, routing.weights, routing.experts)
 
 

@@ -1,7 +1,7 @@
 """The one network: embedding, decoder layers, final norm, over packed tokens; and its Hugging Face face."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -91,8 +91,8 @@ class Qwen3NextModel(Qwen3NextPreTrainedModel):
             cache: what earlier calls left behind and later calls need; None for whole sequences.
             embeddings: instead of `inputs.token_ids`.
         """
-        embeddings = self.embed_tokens(inputs.token_ids) if embeddings is None else embeddings
-        x: Tensor = embeddings
+        x: Tensor = self.embed_tokens(inputs.token_ids) if embeddings is None else embeddings
+        first = x
         rotary = self.rotary_emb(x, inputs.positions)
         routings: list[Routing] = []
         stream: list[Tensor] = []
@@ -108,7 +108,7 @@ class Qwen3NextModel(Qwen3NextPreTrainedModel):
                 routings.append(output.routing)
             if output.attention_weights is not None:
                 weights.append(output.attention_weights)
-        return PackedOutput(self.norm(x), embeddings, tuple(routings), tuple(stream), tuple(weights))
+        return PackedOutput(self.norm(x), first, tuple(routings), tuple(stream), tuple(weights))
 
     def _run(
         self,
@@ -253,7 +253,7 @@ def _rows_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     return rows
 
 
-def _or_config(given: bool | None, configured: bool) -> bool:
+def _or_config(given: bool | None, configured: bool | None) -> bool:
     return bool(configured if given is None else given)
 
 
@@ -262,13 +262,14 @@ def _in_rows(
 ) -> Qwen3NextModelOutput:
     rows = inputs.row_view
     hidden = rows.unpack(output.hidden)
+    router_logits = None
+    if want_router_logits:
+        router_logits = tuple(rows.unpack(routing.logits).flatten(0, 1) for routing in output.routings)
     return Qwen3NextModelOutput(
         last_hidden_state=hidden,
         past_key_values=cache,
         hidden_states=(*output.stream, hidden) if output.stream else None,
         attentions=output.attention_weights or None,
-        router_logits=tuple(rows.unpack(r.logits).flatten(0, 1) for r in output.routings)
-        if want_router_logits
-        else None,
+        router_logits=cast("Any", router_logits),  # transformers' annotation says a tuple of exactly one
         packed=PackedRun(inputs, output) if return_packed else None,
     )

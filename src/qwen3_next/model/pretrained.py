@@ -15,6 +15,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils import logging
 
 from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.errors import InputError
 from qwen3_next.model import weights
 from qwen3_next.model.delta_net import GatedDeltaNet
 from qwen3_next.model.layers import CausalConvolution, GatedRMSNorm, RMSNorm, RotaryEmbedding, rotary_settings
@@ -31,15 +32,15 @@ class Qwen3NextPreTrainedModel(PreTrainedModel):
     config_class = Qwen3NextConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DecoderLayer", "RecomputableLayer"]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _no_split_modules = ["DecoderLayer", "RecomputableLayer"]  # noqa: RUF012  these four by transformers' protocol
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = False
     _is_stateful = True
     _can_compile_fullgraph = False
     # Left over in the classes without the layer; the causal LM refuses a checkpoint that does not fit it.
-    _keys_to_ignore_on_load_unexpected = [r"^mtp\."]  # noqa: RUF012  a class attribute by transformers' protocol
-    _keep_in_fp32_modules_strict = {"A_log", "dt_bias"}
+    _keys_to_ignore_on_load_unexpected = [r"^mtp\."]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = {"A_log", "dt_bias"}  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -66,7 +67,7 @@ class Qwen3NextPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(
-        model: "Qwen3NextPreTrainedModel",
+        model: PreTrainedModel,
         state_dict: dict[str, Any] | None,
         checkpoint_files: list[str] | None,
         load_config: Any,
@@ -77,6 +78,7 @@ class Qwen3NextPreTrainedModel(PreTrainedModel):
         Safetensors files are checked against the model before anything is allocated and handed on as lazily read,
         fused tensors, so that device maps, offloading and dtypes stay transformers' business.
         """
+        assert isinstance(model, Qwen3NextPreTrainedModel)
         if state_dict is None and checkpoint_files and not expected_keys:  # with expected keys it is an adapter
             checkpoint = weights.open_checkpoint(
                 [Path(file) for file in checkpoint_files], (load_config.sharded_metadata or {}).get("weight_map")
@@ -88,7 +90,7 @@ class Qwen3NextPreTrainedModel(PreTrainedModel):
             checkpoint_files = checkpoint_files if as_stored else None
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
-    def save_pretrained(
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  transformers' other layouts are refused
         self,
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
@@ -110,10 +112,15 @@ class Qwen3NextPreTrainedModel(PreTrainedModel):
 
         Raises:
             CheckpointError: the weights cannot be written; an earlier checkpoint in the directory stays whole.
+            InputError: an argument that asks for another layout, or an unknown one.
         """
         if getattr(self, "_hf_peft_config_loaded", False):
-            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, **kwargs)
+            weights_given = None if state_dict is None else dict(state_dict)
+            super().save_pretrained(
+                save_directory, is_main_process, weights_given, push_to_hub, max_shard_size, **kwargs
+            )
             return
+        _refuse_unknown_when_saving(kwargs, push_to_hub)
         if is_main_process:
             self.config.dtype = dtype or self.dtype
             self.config.architectures = [type(self).__name__]
@@ -130,6 +137,27 @@ class Qwen3NextPreTrainedModel(PreTrainedModel):
                 self.generation_config.save_pretrained(directory)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+
+def _refuse_unknown_when_saving(arguments: dict[str, Any], push_to_hub: bool) -> None:
+    layouts = {name: arguments.pop(name) for name in _ONLY_LAYOUT if name in arguments}
+    refused = [f"{name}={value!r}" for name, value in layouts.items() if value != _ONLY_LAYOUT[name]]
+    refused += [name for name in arguments if not push_to_hub and name not in ("repo_id", "token")]
+    if refused:
+        raise InputError(
+            f"save_pretrained cannot serve {', '.join(refused)}: it writes safetensors in the published layout, and to "
+            "the hub with push_to_hub=True; leave them out."
+        )
+
+
+_ONLY_LAYOUT = {
+    "variant": None,
+    "safe_serialization": True,
+    "save_original_format": True,
+    "save_peft_format": True,
+    "distributed_checkpoint": False,
+}
+"""Arguments of transformers' method that choose a layout, with the value that asks for the one written here."""
 
 
 def _rows_of_one_norm(weight: Tensor, std: float) -> Tensor:
@@ -174,7 +202,7 @@ def _settle_mtp(model: Qwen3NextPreTrainedModel, checkpoint: weights.Checkpoint)
     """A checkpoint without any `mtp.*` tensor makes a model without the MTP layer; a partial one is refused."""
     if checkpoint.mtp_layers() == 0 and getattr(model, "mtp", None) is not None:
         logger.warning("The checkpoint holds no multi-token prediction layer: the model is loaded without one.")
-        model.mtp = None
+        model.register_module("mtp", None)
         model.config.num_nextn_predict_layers = 0
 
 
