@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import tiny_model
+from tests.model.reference import relative_error
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
@@ -36,10 +37,12 @@ def gradients(model: Any, tokens: Tensor, **options: Any) -> Gradients:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def assert_same(ours: Gradients, expected: Gradients) -> None:
+def assert_same(ours: Gradients, expected: Gradients, reentrant: bool) -> None:
+    # A reentrant first pass keeps no gradients, and without them the experts' outputs are summed in another order.
+    tolerance = 1e-5 if reentrant else 1e-6
     assert ours.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-6, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}")
+        assert relative_error(ours[name], gradient) < tolerance, name
 
 
 @REENTRANT
@@ -54,7 +57,7 @@ def test_gradients_are_those_of_kept_activations(changes: dict[str, Any], reentr
     kept = gradients(tiny_model(1, **changes).train(), tokens, **options)
     again = gradients(checkpointed(tiny_model(1, **changes).train(), reentrant), tokens, **options)
     assert kept["model.embed_tokens.weight"].abs().max() > 0
-    assert_same(again, kept)
+    assert_same(again, kept, reentrant)
 
 
 @REENTRANT
@@ -63,7 +66,7 @@ def test_gradients_of_a_head_are_those_of_kept_activations(reentrant: bool) -> N
     model = Qwen3NextForSequenceClassification(tiny_model(pad_token_id=3).config).train()
     kept = {k: v.clone() for k, v in gradients(model, tokens, labels=labels).items()}
     model.zero_grad()
-    assert_same(gradients(checkpointed(model, reentrant), tokens, labels=labels), kept)
+    assert_same(gradients(checkpointed(model, reentrant), tokens, labels=labels), kept, reentrant)
 
 
 @REENTRANT
@@ -158,4 +161,4 @@ def test_packed_training_drops_activations_as_well() -> None:
     kept = {k: v.clone() for k, v in gradients(model, tokens, **borders).items()}
     model.zero_grad()
     assert isinstance(checkpointed(model, False), Qwen3NextForCausalLM)
-    assert_same(gradients(model, tokens, **borders), kept)
+    assert_same(gradients(model, tokens, **borders), kept, reentrant=False)
