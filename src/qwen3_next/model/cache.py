@@ -155,14 +155,13 @@ class _DeltaNetLayer(NamedTuple):
         if states.record_past:
             raise InputError(
                 f"the cache was told to record its past (`activate_past_recording`), but layer {self.layer} is a Gated "
-                "DeltaNet layer, whose state cannot be undone; copy the cache before tokens that may be taken back."
+                "DeltaNet layer, whose state cannot be rolled back; copy the cache before tokens that may be undone."
             )
-        window = F.pad(state.conv, (1, 0))  # transformers keeps a window of W inputs, of which W - 1 are ever read
         if not states.is_conv_states_initialized[0]:
-            states.lazy_initialization(conv_states=window)
+            states.lazy_initialization(conv_states=F.pad(state.conv, (1, 0)))
         kept = states.conv_states[0]
         assert kept is not None
-        kept.copy_(window)
+        kept[..., 1:].copy_(state.conv)  # transformers keeps a window of W inputs, of which W - 1 are ever read
         states.has_previous_state[0] = True
         self.cache.update_recurrent_state(state.recurrent, self.layer)
 

@@ -215,9 +215,9 @@ class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
 
     def _token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         head = cast("nn.Module", self.lm_head)
-        if isinstance(head, nn.Linear):
+        if isinstance(head, nn.Linear) and not head.weight.is_meta:
             return linear_cross_entropy(hidden, head.weight, targets)
-        # An adapter took its place, whose `weight` is not all that it does.
+        # An adapter took its place, whose `weight` is not all that it does, or its weight lies offloaded.
         return F.cross_entropy(head(hidden).float(), targets, ignore_index=IGNORED, reduction="none")
 
     def _predict_chain(self, run: PackedRun, steps: int) -> list[Prediction]:
