@@ -18,7 +18,7 @@ class Projections(NamedTuple):
     """What the two input projections hold, regrouped."""
 
     qkv: Float[Tensor, "T C"]
-    z: Float[Tensor, "T Hv Dv"]
+    z: Float[Tensor, "T Hk Hv/Hk Dv"]
     b: Float[Tensor, "T Hv"]
     a: Float[Tensor, "T Hv"]
 
@@ -51,17 +51,17 @@ class GatedDeltaNet(nn.Module):
         p = self._project(x)
         before = None if cache is None else cache.read()
         conv = self.conv1d(p.qkv, inputs.segments, None if before is None else before.conv)
-        log_decay = -self.A_log.float().exp() * F.softplus(p.a.float() + self.dt_bias.float())
+        log_decay = -self.A_log.float().exp() * F.softplus(p.a + self.dt_bias.float())
         mixed = gated_delta_rule(
             *self._heads(conv.output),
             log_decay,
-            p.b.float().sigmoid(),
+            p.b.sigmoid(),
             inputs.segments,
             None if before is None else before.recurrent,
         )
         if cache is not None:
             cache.write(DeltaNetState(conv.final_state, mixed.final_state))
-        return self.out_proj(self.norm(mixed.output, p.z).flatten(1))
+        return self.out_proj(self.norm(mixed.output.view(p.z.shape), p.z).flatten(1))
 
     def _project(self, x: Float[Tensor, "T D"]) -> Projections:
         """The projections come grouped by key head: [q | k | v of its value heads | z of them], and [b | a]."""
@@ -71,7 +71,8 @@ class GatedDeltaNet(nn.Module):
         q, k, v, z = self.in_proj_qkvz(x).unflatten(-1, (self.key_heads, sum(sizes))).split(sizes, dim=-1)
         b, a = self.in_proj_ba(x).unflatten(-1, (self.key_heads, 2 * per_key)).chunk(2, dim=-1)
         qkv = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], dim=-1)
-        return Projections(qkv, z.reshape(x.shape[0], self.value_heads, self.value_width), b.flatten(1), a.flatten(1))
+        z = z.unflatten(-1, (per_key, self.value_width))
+        return Projections(qkv, z, b.float().flatten(1), a.float().flatten(1))
 
     def _heads(self, qkv: Float[Tensor, "T C"]) -> tuple[Tensor, Tensor, Tensor]:
         keys, values = self.key_heads * self.key_width, self.value_heads * self.value_width

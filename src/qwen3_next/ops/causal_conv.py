@@ -97,13 +97,13 @@ def _filter(
 ) -> tuple[Float[Tensor, "N L C"], Float[Tensor, "N W-1 C"]]:
     """Convolution and SiLU along dimension 1, block by block; also hands back the last W-1 inputs."""
     taps = weight.t().to(_accumulator(x)).contiguous()
-    length = x.shape[1] if x.is_cuda else max(1, _BLOCK // x.shape[0])
-    outputs: list[Tensor] = []
-    for block in x.split(length, dim=1):
-        rows = torch.cat([before, block], dim=1)
-        outputs.append(_weighted_windows(rows.to(taps.dtype), taps).to(x.dtype))
-        before = rows[:, block.shape[1] :]
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), before
+    length, history = x.shape[1], before.shape[1]
+    size = length if x.is_cuda else max(1, history, _BLOCK // x.shape[0])
+    first = torch.cat([before, x[:, :size]], dim=1)
+    blocks = [first, *(x[:, start - history : start + size] for start in range(size, length, size))]
+    outputs = [_weighted_windows(rows.to(taps.dtype), taps).to(x.dtype) for rows in blocks]
+    tail = torch.cat([before, x[:, max(0, length - history) :]], dim=1)
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), tail[:, tail.shape[1] - history :]
 
 
 def _weighted_windows(rows: Float[Tensor, "N R C"], taps: Float[Tensor, "W C"]) -> Float[Tensor, "N L C"]:
