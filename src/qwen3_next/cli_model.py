@@ -120,7 +120,7 @@ def load_model(directory: Path, dtype_name: str, device_name: str) -> LoadedMode
     generation_file = directory / "generation_config.json"
     try:
         model = BareCausalLM.from_directory(directory, config, dtype, device)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         size = config.weight_bytes(dtype) / 2**30
         raise BackendError(f"{size:.1f} GiB of weights do not fit {device}; see `qwen3-next info`.") from error
     generation = _read_json(generation_file) if generation_file.is_file() else {}
