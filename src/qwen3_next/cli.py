@@ -132,7 +132,9 @@ def chat(
 
 
 @app.command()
-def train(config: Annotated[Path, typer.Argument(help="A TOML file with the tables of `qwen3_next.train.TrainConfig`.")]) -> None:
+def train(
+    config: Annotated[Path, typer.Argument(help="A TOML file with the tables of `qwen3_next.train.TrainConfig`.")],
+) -> None:
     """Train a model, or go on where the last run stopped."""
     from qwen3_next.train import TrainConfig
     from qwen3_next.train import train as run
