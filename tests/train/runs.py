@@ -7,6 +7,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def write_store(folder: Path, documents: Sequence[Sequence[int]], **meta: Any) -
     folder.mkdir(parents=True)
     np.concatenate([np.asarray(d) for d in documents]).astype("<u2").tofile(folder / TOKENS)
     np.cumsum([0, *map(len, documents)]).astype("<i8").tofile(folder / DOCUMENTS)
-    (folder / META).write_text(str(({"dtype": "uint16"} | meta)).replace("'", '"'), encoding="utf-8")
+    (folder / META).write_text(str({"dtype": "uint16"} | meta).replace("'", '"'), encoding="utf-8")
     return folder
 
 
@@ -113,11 +114,16 @@ def assert_same_results(one: Path, other: Path) -> None:
         assert torch.equal(tensor, b["state"][name]), name
 
 
-def in_process(work: Callable[..., None], *arguments: Any) -> int:
-    """Run `work` in a process of its own that has the package imported already; returns its exit code."""
+def forkserver() -> ForkServerContext:
+    """The start method "forkserver", whose processes have the package imported already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["qwen3_next.train.trainer", "torch.utils.tensorboard"])
-    process = context.Process(target=work, args=arguments)
+    return context
+
+
+def in_process(work: Callable[..., None], *arguments: Any) -> int:
+    """Run `work` in a process of its own and return its exit code."""
+    process = forkserver().Process(target=work, args=arguments)
     process.start()
     process.join(120)
     assert process.exitcode is not None, "the process hangs"

@@ -66,11 +66,9 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(
 ) -> None:
     draw = random.Random(fresh_seed)
     tables = settings(tmp_path)
-    deaths = 0
-    for _ in range(4):
-        code = in_process(train_and_die, tables, f"{tmp_path}/run", draw.randint(1, 150))
+    for _ in range(3):
+        code = in_process(train_and_die, tables, f"{tmp_path}/run", draw.randint(1, 100))
         assert code in (0, -signal.SIGKILL)
-        deaths += code != 0
     train(TrainConfig.from_dict(tables))
     assert_same_results(tmp_path / "run", uninterrupted)
 
@@ -103,9 +101,7 @@ def test_a_longer_schedule_continues_a_finished_run(tmp_path: Path) -> None:
         ({"model": {"path": "elsewhere", "config": {}}}, r"model\.config\..*=None.*"),
     ],
 )
-def test_a_run_with_other_settings_is_refused_by_name(
-    uninterrupted: Path, changes: dict[str, Any], name: str
-) -> None:
+def test_a_run_with_other_settings_is_refused_by_name(uninterrupted: Path, changes: dict[str, Any], name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         run(uninterrupted.parent, **changes)
 
