@@ -95,7 +95,7 @@ def test_gradients_of_the_weights_reach_every_router_row() -> None:
 
 
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("tokens", [1, 2, 40])
+@pytest.mark.parametrize("tokens", [1, 2, 40, 300])
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_experts_equal_a_loop_over_tokens(dtype: torch.dtype, choice: str, tokens: int, grad: bool) -> None:

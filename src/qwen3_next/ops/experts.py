@@ -14,6 +14,9 @@ from qwen3_next.ops.backend import accelerated
 _GATHER_LIMIT = 32
 """Up to this many (token, expert) pairs on a GPU, reading each pair's expert alone beats the grouped kernels."""
 
+_FEW_PAIRS = 256
+"""Up to this many pairs one concatenation costs less than an addition per expert."""
+
 _ALIGNMENT = 8
 """The grouped kernel wants rows of whole 16 bytes."""
 
@@ -87,7 +90,7 @@ def swiglu_experts(
     if _has_grouped_gemm(x, gate_up_proj):
         return _grouped(x, gate_up_proj, down_proj, weights, by_expert, order)
     hit, sizes = (found.tolist() for found in by_expert.unique_consecutive(return_counts=True))
-    loop = _looped if torch.is_grad_enabled() else _looped_in_place
+    loop = _looped if torch.is_grad_enabled() or order.numel() <= _FEW_PAIRS else _looped_in_place
     return loop(x, gate_up_proj, down_proj, weights, order, hit, sizes)
 
 
@@ -162,8 +165,10 @@ def _looped(
     """One expert that was hit after the other."""
     inverse = _inverse(order)
     rows = _permuted(x, order // weights.shape[1], inverse, weights.shape[1]).split(sizes)
-    # Indexing one expert costs a full-size gradient each; unbind costs one for all of them together.
-    first, second = gate_up_proj.unbind(0), down_proj.unbind(0)
+    first, second = gate_up_proj, down_proj
+    if torch.is_grad_enabled():
+        # Indexing one expert costs a full-size gradient each; unbind costs one for all of them together.
+        first, second = first.unbind(0), second.unbind(0)
     outputs = torch.cat([_swiglu(part, first[e], second[e]) for part, e in zip(rows, hit, strict=True)])
     return _combined(_permuted(outputs, inverse, order, 1), weights)
 
