@@ -10,7 +10,14 @@ from typing import Any, NoReturn
 
 from qwen3_next.errors import ConfigError
 
-__all__ = ["read_rope", "refuse", "replace_rope", "rope_scaling_of", "validate_rope_parameters"]
+__all__ = [
+    "read_rope",
+    "refuse",
+    "replace_rope",
+    "require_served_rope_type",
+    "rope_scaling_of",
+    "validate_rope_parameters",
+]
 
 DEFAULTS: dict[str, Any] = {"rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
 SPELLINGS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
@@ -18,6 +25,7 @@ SPELLINGS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_fa
 SCALING_FIELDS: dict[str, frozenset[str]] = {
     "default": frozenset(),
     "linear": frozenset({"factor"}),
+    "dynamic": frozenset({"factor"}),
     "yarn": frozenset(
         {
             "factor",
@@ -102,6 +110,24 @@ def validate_rope_parameters(rope: dict[str, Any], head_dim: int) -> None:
             `int(head_dim * partial_rotary_factor)` that is odd, zero or larger than the head.
     """
     rope_type = rope["rope_type"]
+    require_served_rope_type(rope_type)
+    for name in rope.keys() - COMMON_FIELDS - SCALING_FIELDS[rope_type]:
+        allowed = ", ".join(sorted(COMMON_FIELDS | SCALING_FIELDS[rope_type]))
+        refuse(f"rope_parameters.{name}", rope[name], f"for rope type {rope_type!r}: {allowed}", "Remove the field.")
+    _require_number("rope_theta", rope["rope_theta"], above=0.0)
+    _validate_rotary_width(rope["partial_rotary_factor"], head_dim, 4 if rope_type == "dynamic" else 2)
+    if rope_type != "default":
+        _validate_factor(rope_type, rope.get("factor"))
+    if rope_type == "yarn":
+        _validate_yarn(rope)
+
+
+def require_served_rope_type(rope_type: Any) -> None:
+    """Refuse a rope type that is not served, also one that was written into a finished configuration.
+
+    Raises:
+        ConfigError: names the types that are served.
+    """
     if rope_type not in SCALING_FIELDS:
         refuse(
             "rope_parameters.rope_type",
@@ -110,15 +136,6 @@ def validate_rope_parameters(rope: dict[str, Any], head_dim: int) -> None:
             "For long contexts use the published recipe: "
             '{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}.',
         )
-    for name in rope.keys() - COMMON_FIELDS - SCALING_FIELDS[rope_type]:
-        allowed = ", ".join(sorted(COMMON_FIELDS | SCALING_FIELDS[rope_type]))
-        refuse(f"rope_parameters.{name}", rope[name], f"for rope type {rope_type!r}: {allowed}", "Remove the field.")
-    _require_number("rope_theta", rope["rope_theta"], above=0.0)
-    _validate_rotary_width(rope["partial_rotary_factor"], head_dim)
-    if rope_type != "default":
-        _validate_factor(rope_type, rope.get("factor"))
-    if rope_type == "yarn":
-        _validate_yarn(rope)
 
 
 def _canonical(name: str, value: Any) -> dict[str, Any]:
@@ -134,14 +151,15 @@ def _canonical(name: str, value: Any) -> dict[str, Any]:
     return given
 
 
-def _validate_rotary_width(partial_rotary_factor: Any, head_dim: int) -> None:
+def _validate_rotary_width(partial_rotary_factor: Any, head_dim: int, at_least: int) -> None:
     _require_number("partial_rotary_factor", partial_rotary_factor, above=0.0)
     width = int(head_dim * partial_rotary_factor)
-    if width % 2 or not 0 < width <= head_dim:
+    if width % 2 or not at_least <= width <= head_dim:
         refuse(
             "partial_rotary_factor",
             partial_rotary_factor,
-            f"a fraction of head_dim = {head_dim} that rotates an even, positive number of dimensions (not {width})",
+            f"a fraction of head_dim = {head_dim} that rotates an even number of dimensions, at least {at_least} "
+            f"(not {width})",
             "The published model rotates a quarter: 0.25.",
         )
 

@@ -21,6 +21,8 @@ YARN = {
     "original_max_position_embeddings": 128,
 }
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "factor": 4.0}
+
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "small": {},
     "one key head": {"linear_num_key_heads": 1, "linear_num_value_heads": 3},
@@ -36,6 +38,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "linear rope": {
         "rope_parameters": {"rope_type": "linear", "rope_theta": 5e6, "partial_rotary_factor": 1.0, "factor": 2.0}
     },
+    "dynamic rope": {"rope_parameters": DYNAMIC, "max_position_embeddings": 64},
     "tied": {"tie_word_embeddings": True},
     "only attention": {"layer_types": ["full_attention"] * 4},
     "mostly delta net": {"layer_types": ["linear_attention"] * 3 + ["full_attention"], "rms_norm_eps": 1e-5},

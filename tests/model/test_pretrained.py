@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.qwen3_next import Qwen3NextForCausalLM as PeerModel
 
 import qwen3_next
-from qwen3_next import CheckpointError, InputError, Qwen3NextForCausalLM, Qwen3NextModel
+from qwen3_next import CheckpointError, ConfigError, InputError, Qwen3NextForCausalLM, Qwen3NextModel
 
 TOKENS = torch.arange(2 * 9).view(2, 9)
 ASSETS = Path(qwen3_next.__file__).parent / "assets"
@@ -258,6 +258,13 @@ def test_another_layout_or_a_misspelt_argument_is_refused_when_saving(tmp_path: 
     with pytest.raises(InputError, match=next(iter(arguments))):
         tiny_model().save_pretrained(tmp_path, **arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rope_type_written_into_a_finished_configuration_is_refused() -> None:
+    config = tiny_model().config
+    config.rope_parameters["rope_type"] = "longrope"
+    with pytest.raises(ConfigError, match=r"rope_parameters.rope_type = 'longrope'"):
+        Qwen3NextModel(config)
 
 
 AUTO_CLASSES = {

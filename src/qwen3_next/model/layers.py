@@ -6,9 +6,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.config_rope import require_served_rope_type
 from qwen3_next.ops.causal_conv import ConvOutput, causal_conv
 from qwen3_next.ops.norm import gated_rms_norm, rms_norm
-from qwen3_next.ops.rotary import YarnScaling, rotary_frequencies, rotary_tables, yarn_attention_factor
+from qwen3_next.ops.rotary import (
+    YarnScaling,
+    rotary_frequencies,
+    rotary_tables,
+    stretched_theta,
+    yarn_attention_factor,
+)
 from qwen3_next.ops.segments import Segments
 
 RotaryTables = tuple[Float[Tensor, "T 1 R"], Float[Tensor, "T 1 R"]]
@@ -73,7 +80,11 @@ class DenseMLP(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin for the positions of a forward pass; holds no parameter."""
+    """cos and sin for the positions of a forward pass; holds no parameter.
+
+    With rope type "dynamic" the frequencies follow the longest position of the call, once it is beyond the trained
+    length. Keys cached by earlier calls keep the rotation they got.
+    """
 
     def __init__(self, config: Qwen3NextConfig) -> None:
         super().__init__()
@@ -83,14 +94,24 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Int[Tensor, "*T"]) -> RotaryTables:
         """The tables `[*T, 1, R]` of the positions, in the dtype of `x`."""
-        return rotary_tables(
-            position_ids, self.inv_freq.float().to(position_ids.device), self.attention_factor, x.dtype
+        frequencies = self._frequencies(position_ids).to(position_ids.device)
+        return rotary_tables(position_ids, frequencies, self.attention_factor, x.dtype)
+
+    def _frequencies(self, position_ids: Int[Tensor, "*T"]) -> Float[Tensor, "R"]:
+        settings, trained = self.config.rope_parameters, self.config.max_position_embeddings
+        length = int(position_ids.max()) + 1 if settings["rope_type"] == "dynamic" and position_ids.numel() else 0
+        if length <= trained:
+            return self.inv_freq.float()
+        width = self.config.rotary_dim
+        return rotary_frequencies(
+            width, stretched_theta(settings["rope_theta"], width, settings["factor"], length, trained)
         )
 
 
 def rotary_settings(config: Qwen3NextConfig) -> tuple[Float[Tensor, "R"], float]:
     """The frequencies of a configuration and the factor on cos and sin."""
     settings = config.rope_parameters
+    require_served_rope_type(settings["rope_type"])
     linear = settings["factor"] if settings["rope_type"] == "linear" else 1.0
     yarn = _yarn_scaling(config) if settings["rope_type"] == "yarn" else None
     frequencies = rotary_frequencies(config.rotary_dim, settings["rope_theta"], linear, yarn)

@@ -50,6 +50,16 @@ def rotary_frequencies(
     return frequencies / yarn.factor * (1 - kept) + frequencies * kept
 
 
+def stretched_theta(theta: float, rotary_dim: int, factor: float, length: int, trained_length: int) -> float:
+    """The base for a sequence of `length` tokens ("dynamic" scaling): `theta` up to the trained length, then larger.
+
+    `theta (factor length / trained_length - (factor - 1))^(R / (R - 1))` with R = rotary_dim / 2: the slowest
+    frequency is interpolated and the fastest kept. (Peng et al. 2023, arXiv:2309.00071, section 3.3 and appendix A.1.)
+    """
+    stretch = factor * max(length, trained_length) / trained_length - (factor - 1)
+    return theta * stretch ** (rotary_dim / (rotary_dim - 2))
+
+
 def yarn_attention_factor(yarn: YarnScaling | None) -> float:
     """What cos and sin are multiplied with so that attention keeps its temperature over a longer context."""
     if yarn is None:
