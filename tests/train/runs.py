@@ -123,16 +123,21 @@ def forkserver() -> ForkServerContext:
 
 def in_process(work: Callable[..., None], *arguments: Any) -> int:
     """Run `work` in a process of its own and return its exit code."""
-    process = forkserver().Process(target=work, args=arguments)
+    process = forkserver().Process(target=_with_threads, args=(torch.get_num_threads(), work, *arguments))
     process.start()
     process.join(120)
     assert process.exitcode is not None, "the process hangs"
     return process.exitcode
 
 
+def _with_threads(count: int, work: Callable[..., None], *arguments: Any) -> None:
+    """As many threads as the test has, because their number decides the order of sums."""
+    torch.set_num_threads(count)
+    work(*arguments)
+
+
 def train_and_die(tables: dict[str, Any], folder: str, file_operations: int) -> None:
     """Train, and die by SIGKILL at the n-th time that a file below `folder` is opened, renamed, made or removed."""
-    torch.set_num_threads(1)
     left = file_operations
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
@@ -149,7 +154,6 @@ def train_and_die(tables: dict[str, Any], folder: str, file_operations: int) -> 
 
 def train_on_small_disk(tables: dict[str, Any], limit: int, report: str) -> None:
     """Train where no file may grow beyond `limit` bytes, and write down which error ends it."""
-    torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
         train(TrainConfig.from_dict(tables))

@@ -58,7 +58,9 @@ def copy_tokenizer(source: str, target: Path) -> None:
         raise ConfigError(f"data.tokenizer={source!r} holds no {' or '.join(_MAIN_FILES)}; name another directory.")
     target.mkdir(parents=True, exist_ok=True)
     for file in _tokenizer_files(Path(source)):
-        shutil.copyfile(file, target / file.name)
+        partial = target / f"{file.name}.partial"  # a kill must not leave half a tokenizer that looks like one
+        shutil.copyfile(file, partial)
+        partial.replace(target / file.name)
 
 
 def has_tokenizer(directory: str) -> bool:

@@ -106,7 +106,7 @@ def _write(files: Sequence[Path], tokenizer: Any, partial: Path, progress: Calla
     size = 0
     with (partial / TOKENS).open("wb") as out:
         for texts in _batches(_documents(files, tokenizer)):
-            for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+            for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
                 out.write(np.asarray([*ids, end], dtype=dtype).tobytes())
                 lengths.append(len(ids) + 1)
             size += sum(len(text.encode()) for text in texts)
