@@ -33,6 +33,7 @@ BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest |ours - theirs| / |theirs| over all logits of a check."""
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
+PATIENCE = 30.0
 GATHER_BYTES = 2 * 2**30
 """batched_mm copies the experts of every token; it is not tried where the copies would be larger than this."""
 
@@ -55,8 +56,8 @@ class Preset:
     config: dict[str, Any]
     prefill: tuple[int, ...]
     decode: tuple[tuple[int, int], ...]
-    steps: int
-    repeats: int
+    steps: int = 8
+    repeats: int = 3
     load: dict[str, Any] = field(default_factory=dict)
 
 
@@ -73,7 +74,6 @@ SHAPES_80B: dict[str, Any] = {
     "num_experts_per_tok": 10,
     "moe_intermediate_size": 512,
     "shared_expert_intermediate_size": 512,
-    "max_position_embeddings": 262144,
 }
 SHAPES_CPU: dict[str, Any] = SHAPES_80B | {
     "hidden_size": 1024,
@@ -84,7 +84,8 @@ SHAPES_CPU: dict[str, Any] = SHAPES_80B | {
     "num_experts_per_tok": 8,
     "moe_intermediate_size": 256,
     "shared_expert_intermediate_size": 256,
-    "num_hidden_layers": 12,
+    "num_hidden_layers": 4,
+    "vocab_size": 32768,
 }
 SHAPES_TINY: dict[str, Any] = {
     "vocab_size": 97,
@@ -100,17 +101,14 @@ SHAPES_TINY: dict[str, Any] = {
     "num_experts_per_tok": 4,
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
-    "max_position_embeddings": 512,
 }
 PRESETS = {
     "tiny": Preset(config=SHAPES_TINY, prefill=(5, 70), decode=((1, 6), (3, 6)), steps=2, repeats=2),
-    "cpu": Preset(
-        config=SHAPES_CPU,
+    "cpu": Preset(config=SHAPES_CPU, prefill=(512, 4096), decode=((1, 512), (8, 512))),
+    "cpu-12-layers": Preset(
+        config=SHAPES_CPU | {"num_hidden_layers": 12, "vocab_size": 151936},
         prefill=(512, 4096),
         decode=((1, 512), (8, 512), (1, 4096)),
-        steps=8,
-        repeats=3,
-        load={"num_hidden_layers": 4},
     ),
     "80b-8-layers": Preset(
         config=SHAPES_80B | {"num_hidden_layers": 8},
@@ -118,7 +116,7 @@ PRESETS = {
         decode=((1, 1024), (16, 1024)),
         steps=16,
         repeats=5,
-        load={"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+        load={"num_hidden_layers": 2, "num_experts": 256, "layer_types": ["linear_attention", "full_attention"]},
     ),
 }
 
@@ -193,12 +191,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--preset", choices=tuple(PRESETS), help="default: cpu, or 80b-8-layers on CUDA")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a CPU without AVX-512")
     parser.add_argument("--seconds", type=float, default=600.0, help="begin no further row after so many seconds")
     parser.add_argument("--scratch", type=Path, help="where the checkpoint of the load row is written for a while")
     parser.add_argument("--json", type=Path, help="write the results to this file as well")
     options = parser.parse_args(arguments)
     options.preset = options.preset or {"cpu": "cpu", "cuda": "80b-8-layers"}[options.device]
+    slow_bf16 = options.device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    options.dtype = options.dtype or ("float32" if slow_bf16 else "bfloat16")
     return options
 
 
@@ -339,14 +339,18 @@ def fastest(pair: Pair, tokens: int, run: Callable[[], float]) -> str:
     times = {}
     for name in pair.implementations(tokens):
         pair.theirs.set_experts_implementation(name)
-        times[name] = min(run() for _ in range(2))
+        first = run()
+        times[name] = first if first > 1 else min(first, run())  # what takes long needs no warming up
     best = min(times, key=times.__getitem__)
     pair.theirs.set_experts_implementation(best)
     return best
 
 
 def alternate(repeats: int, ours: Callable[[], float], theirs: Callable[[], float]) -> tuple[float, float]:
-    times = [(ours(), theirs()) for _ in range(repeats)]
+    """Medians of both; no further repetition once a row has taken `PATIENCE` seconds."""
+    started, times = time.perf_counter(), [(ours(), theirs())]
+    while len(times) < repeats and time.perf_counter() - started < PATIENCE:
+        times.append((ours(), theirs()))
     return statistics.median(t for t, _ in times), statistics.median(t for _, t in times)
 
 
@@ -368,16 +372,12 @@ def load(work: str, pair: Pair, preset: Preset, scratch: Path | None) -> Row:
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     run()
-    synchronize(device)
+    wait()
     return time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def line(row: Row) -> str:
