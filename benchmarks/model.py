@@ -33,7 +33,6 @@ BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest |ours - theirs| / |theirs| over all logits of a check."""
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
-PATIENCE = 30.0
 GATHER_BYTES = 2 * 2**30
 """batched_mm copies the experts of every token; it is not tried where the copies would be larger than this."""
 
@@ -302,6 +301,7 @@ def prefill(work: str, pair: Pair, preset: Preset, length: int) -> Row:
 @torch.no_grad()
 def decode(work: str, pair: Pair, preset: Preset, streams: int, context: int) -> Row:
     """Greedy steps over a cache that a prompt of `context` tokens has filled."""
+    pair.theirs.set_experts_implementation(IMPLEMENTATIONS[0])  # the one of the row before may not fit the prompt
     ours, theirs = (Stream(model, streams, context) for model in (pair.ours, pair.theirs))
     best = fastest(pair, streams, theirs.step)
     theirs.step()
@@ -347,10 +347,8 @@ def fastest(pair: Pair, tokens: int, run: Callable[[], float]) -> str:
 
 
 def alternate(repeats: int, ours: Callable[[], float], theirs: Callable[[], float]) -> tuple[float, float]:
-    """Medians of both; no further repetition once a row has taken `PATIENCE` seconds."""
-    started, times = time.perf_counter(), [(ours(), theirs())]
-    while len(times) < repeats and time.perf_counter() - started < PATIENCE:
-        times.append((ours(), theirs()))
+    """Medians of both, taken in turn so that what else the machine does meets both alike."""
+    times = [(ours(), theirs()) for _ in range(repeats)]
     return statistics.median(t for t, _ in times), statistics.median(t for _, t in times)
 
 
