@@ -2,7 +2,8 @@
 
     Qwen3NextError                    anything below; catch this one to catch them all
     ├── ConfigError      ValueError   a configuration field holds a value that cannot be served
-    ├── CheckpointError  ValueError, RuntimeError   a checkpoint is missing, truncated, incomplete or holds something else
+    ├── CheckpointError  ValueError,  a checkpoint is missing, truncated, incomplete or holds something else
+    │                    RuntimeError
     ├── InputError       ValueError   the arguments of one call do not fit the model or each other
     ├── BackendError     RuntimeError the requested kernels or device cannot run here
     └── TrainingError    RuntimeError a training run cannot start or go on
