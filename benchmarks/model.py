@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    console = Console()
+    console = Console(width=max(100, Console().width))
     preset = PRESETS[options.preset]
     dtype = getattr(torch, options.dtype)
     pair = make_pair(preset.config, torch.device(options.device), dtype)
