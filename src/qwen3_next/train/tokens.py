@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
 from qwen3_next.errors import DataError, StorageError
@@ -172,7 +171,7 @@ def _lines(file: Path) -> Iterator[bytes]:
     try:
         with file.open("rb") as raw:
             yield from _lines_of_zstd(raw) if file.suffix == ".zst" else raw
-    except (OSError, EOFError, zstandard.ZstdError) as error:
+    except (OSError, EOFError) as error:
         raise DataError(f"cannot read {file}: {error}.") from error
 
 
@@ -187,11 +186,16 @@ def _lines_of_zstd(raw: BinaryIO) -> Iterator[bytes]:
 
 def _decompressed(raw: BinaryIO) -> Iterator[bytes]:
     """All frames of a file; unlike the library's own reader, this one notices where the last of them is cut off."""
+    import zstandard  # here, because only compressed data needs it
+
     frame = None
     while data := raw.read(_READ_BYTES):
         while data:
             frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(data)
+            try:
+                yield frame.decompress(data)
+            except zstandard.ZstdError as error:
+                raise OSError(f"its compressed data is damaged, {error}") from error
             data = frame.unused_data if frame.eof else b""
             frame = None if frame.eof else frame
     if frame is not None:
