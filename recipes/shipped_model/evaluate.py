@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from prompts import load
+from sampling import SETTINGS
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
@@ -35,7 +36,6 @@ STEPS = 3
 BATCH_TOKENS = 4096
 NEW_TOKENS = 128
 ROWS = 50
-TEMPERATURE = 0.7
 SEED = 0
 NGRAM = 20
 
@@ -242,9 +242,9 @@ def sample_figures(kind: str, samples: list[Sample], tokenizer: Tokenizer) -> di
     return figures
 
 
-def write_samples(path: Path, samples: dict[str, list[Sample]], tokenizer: Tokenizer) -> None:
+def write_samples(path: Path, samples: dict[str, list[Sample]], tokenizer: Tokenizer, title: str) -> None:
     """Write every sample: prompt, completion, and the verdict on code."""
-    blocks = [f"All samples: temperature {TEMPERATURE}, no top-k or top-p, {NEW_TOKENS} new tokens, seed {SEED}.\n"]
+    blocks = [f"All samples, {title}, at most {NEW_TOKENS} new tokens, seed {SEED}.\n"]
     for kind, group in samples.items():
         for number, sample in enumerate(group, start=1):
             prompt, completion = text_of(tokenizer, sample.prompt), text_of(tokenizer, sample.completion)
@@ -265,10 +265,12 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     prompts = json.loads(arguments.prompts.read_text(encoding="utf-8"))
     texts = {kind: [entry["text"] for entry in entries] for kind, entries in prompts.items()}
     results: dict[str, Any] = {"validation": validation(model, arguments.packed, tokenizer, arguments.tokens)}
-    sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0}
-    samples = {kind: complete(model, tokenizer, group, **sampling) for kind, group in texts.items()}
-    write_samples(arguments.samples, samples, tokenizer)
-    results["samples"] = {kind: sample_figures(kind, group, tokenizer) for kind, group in samples.items()}
+    results["samples"] = {}
+    for name, sampling in SETTINGS.items():
+        samples = {kind: complete(model, tokenizer, group, do_sample=True, **sampling) for kind, group in texts.items()}
+        title = f"{name} settings ({', '.join(f'{key} {value}' for key, value in sampling.items())})"
+        write_samples(arguments.samples / f"samples_{name}.txt", samples, tokenizer, title)
+        results["samples"][name] = {kind: sample_figures(kind, group, tokenizer) for kind, group in samples.items()}
     results["greedy_mtp_acceptance"] = {
         kind: greedy_acceptance(model, complete(model, tokenizer, group, do_sample=False))
         for kind, group in texts.items()
@@ -283,7 +285,7 @@ def main() -> None:
     parser.add_argument("packed", type=Path, help="folder that holds val_prose, val_code and val_dialog")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of figures to write")
     parser.add_argument("--prompts", type=Path, default=HERE / "prompts.json")
-    parser.add_argument("--samples", type=Path, default=HERE / "samples.txt")
+    parser.add_argument("--samples", type=Path, default=HERE, help="folder for samples_shipped.txt, samples_plain.txt")
     parser.add_argument("--tokens", type=int, default=100_000, help="validation tokens per part, 0 for all")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sampling import SHIPPED
 from transformers import GenerationConfig
 
 from qwen3_next import Qwen3NextForCausalLM
 
 SHARD_BYTES = 14_000_000
-TEMPERATURE = 0.7
 HERE = Path(__file__).parent
 
 
@@ -31,7 +31,7 @@ def release(folder: Path, assets: Path) -> None:
     # Documents end with the first, turns of a chat with the second.
     ends = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     model.generation_config = GenerationConfig(
-        bos_token_id=ends[1], pad_token_id=ends[1], eos_token_id=ends, do_sample=True, temperature=TEMPERATURE, top_k=0
+        bos_token_id=ends[1], pad_token_id=ends[1], eos_token_id=ends, do_sample=True, **SHIPPED
     )
     model.save_pretrained(assets, dtype=torch.bfloat16, max_shard_size=SHARD_BYTES)
 
@@ -50,7 +50,7 @@ def card(folder: Path) -> str:
     log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     values = {
         "config": config,
-        "temperature": TEMPERATURE,
+        "sampling": SHIPPED,
         "training": training_figures(log, machine),
         "losses": loss_table(evaluation["validation"], ngram["parts"]),
         "acceptance": acceptance_table(evaluation),
@@ -98,14 +98,15 @@ def acceptance_table(evaluation: dict[str, Any]) -> str:
     return "\n".join([head, "|---|---:|---:|---:|", *rows])
 
 
-def sample_table(kinds: dict[str, Any]) -> str:
+def sample_table(samples: dict[str, Any]) -> str:
     """What the 100 samples of each kind show."""
     rows = [
-        f"| {kind} | {figures['samples']} | {percent(figures, 'repeat_20_gram')} | {percent(figures, 'parses')} "
-        f"| {figures['mean_tokens']:.0f} |"
+        f"| {kind}, {settings} | {figures['samples']} | {percent(figures, 'repeat_20_gram')} "
+        f"| {percent(figures, 'parses')} | {figures['mean_tokens']:.0f} |"
+        for settings, kinds in samples.items()
         for kind, figures in kinds.items()
     ]
-    head = "| kind | samples | repeat a 20-gram | parse as Python | mean tokens |"
+    head = "| kind, settings | samples | repeat a 20-gram | parse as Python | mean tokens |"
     return "\n".join([head, "|---|---:|---:|---:|---:|", *rows])
 
 
