@@ -24,7 +24,8 @@ from transformers import AutoTokenizer
 import qwen3_next
 from qwen3_next import InputError, Qwen3NextConfig, Qwen3NextForCausalLM
 from qwen3_next.cli import main
-from qwen3_next.cli_info import SHORT_CONTEXT, USABLE, capacity
+from qwen3_next.cli_info import SHORT_CONTEXT, USABLE, Memory, capacity
+from qwen3_next.cli_model import choose_dtype
 from qwen3_next.cli_text import Characters, SamplingOptions, StopStrings, Writer
 from qwen3_next.model.bare import BareCausalLM
 from qwen3_next.ops.sampling import Sampling
@@ -198,6 +199,26 @@ def test_a_single_end_token_of_the_model_configuration_ends_the_text(
     assert writers[1].token_ids == writers[0].token_ids[: first + 1]
 
 
+@pytest.mark.parametrize(
+    ("asked", "capability", "share_of_ram", "expected"),
+    [
+        ("auto", "AVX2", 0.5, torch.float32),
+        ("auto", "AVX2", 0.51, torch.bfloat16),
+        ("auto", "AVX512", 0.01, torch.bfloat16),
+        ("bfloat16", "AVX2", 0.01, torch.bfloat16),
+    ],
+)
+def test_a_cpu_that_emulates_bf16_computes_in_fp32_where_half_of_the_memory_holds_that(
+    monkeypatch: pytest.MonkeyPatch, asked: str, capability: str, share_of_ram: float, expected: torch.dtype
+) -> None:
+    config = tiny_config(dtype="bfloat16")
+    ram = int(config.weight_bytes(torch.float32) / share_of_ram)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("qwen3_next.cli_info.memories", lambda: iter([Memory("RAM", ram)]))
+    assert choose_dtype(asked, config, torch.device("cpu")) == expected
+    assert choose_dtype(asked, config, torch.device("cuda")) == torch.bfloat16
+
+
 def test_a_stop_string_ends_the_text_before_it(checkpoint: Path, run: Any) -> None:
     command = ("generate", PROMPT, "--model", checkpoint, "--greedy", "--max-tokens", 24)
     whole = run(*command)[1][:-1]
@@ -208,6 +229,18 @@ def test_a_stop_string_ends_the_text_before_it(checkpoint: Path, run: Any) -> No
 def test_the_text_ends_where_the_context_does(checkpoint: Path, run: Any, writers: list[Writer]) -> None:
     assert run("generate", "a " * 240, "--model", checkpoint, "--max-tokens", 1000)[0] == 0
     assert len(writers[0].token_ids) == CONTEXT
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": CONTEXT}
+
+
+def test_the_published_recipe_for_long_texts_lengthens_the_context(
+    changed: Any, run: Any, writers: list[Writer]
+) -> None:
+    directory = changed("config.json", rope_scaling=YARN, rope_parameters=None)
+    assert run("generate", "a " * CONTEXT, "--model", directory, "--max-tokens", 3)[0] == 0
+    assert len(writers[0].token_ids) == len(TOKENIZER.encode("a " * CONTEXT).ids) + 3
+    assert f"{4 * CONTEXT:,} tokens" in run("info", "--model", directory)[1]
 
 
 def test_sampling_defaults_are_those_of_the_generation_configuration(

@@ -441,6 +441,25 @@ class TestRefusals:
         Qwen3NextConfig(**fields)
 
 
+class TestContextLength:
+    @pytest.mark.parametrize(
+        ("scaling", "tokens"),
+        [
+            (None, 262_144),
+            (YARN, 1_048_576),
+            ({"rope_type": "yarn", "factor": 2.0}, 524_288),
+            ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}, 262_144),
+            ({"rope_type": "linear", "factor": 1.5}, 393_216),
+            ({"rope_type": "dynamic", "factor": 2.0}, 524_288),
+        ],
+    )
+    def test_a_scaled_rotary_embedding_lengthens_the_context(self, scaling: dict[str, Any] | None, tokens: int) -> None:
+        assert published(rope_scaling=scaling).context_length() == tokens
+
+    def test_a_length_that_already_counts_the_scaling_is_not_scaled_again(self) -> None:
+        assert published(rope_scaling=YARN, max_position_embeddings=1_048_576).context_length() == 1_048_576
+
+
 class TestFigures:
     def test_the_figures_of_the_published_model_are_exact(self) -> None:
         config = published()

@@ -35,7 +35,7 @@ class Capacity:
     """What fits a memory: nothing where the weights alone do not.
 
     Attributes:
-        tokens: of context for a single sequence, at most what the model was made for.
+        tokens: of context for a single sequence, at most what the model serves.
         short_sequences, long_sequences: at once, of `SHORT_CONTEXT` tokens (or the whole context where that is less)
             and of the whole context.
     """
@@ -51,7 +51,7 @@ def capacity(config: Qwen3NextConfig, memory: int, weights: torch.dtype | Litera
     cache_dtype = torch.bfloat16 if isinstance(weights, str) else weights
     room = int(memory * USABLE) - config.weight_bytes(weights)
     state, per_token = config.state_bytes_per_sequence(cache_dtype), config.kv_bytes_per_token(cache_dtype)
-    context = config.max_position_embeddings
+    context = config.context_length()
     if room < state + per_token:
         return Capacity(fits=False)
 
@@ -91,7 +91,7 @@ def _architecture(c: Qwen3NextConfig) -> Iterator[tuple[str, str]]:
     yield "  of these without embedding and head", f"{c.active_parameter_count(include_embeddings=False):,}"
     yield "  multi-token prediction", f"{c.mtp_parameter_count():,}"
     yield "vocabulary", f"{c.vocab_size:,}"
-    yield "context", f"{c.max_position_embeddings:,} tokens ({c.rope_parameters['rope_type']} rotary embedding)"
+    yield "context", f"{c.context_length():,} tokens ({c.rope_parameters['rope_type']} rotary embedding)"
     yield "hidden size", f"{c.hidden_size:,}"
     yield "layers", f"{c.num_hidden_layers}: {c.num_hidden_layers - full} Gated DeltaNet, {full} attention"
     heads = f"{c.linear_num_key_heads} key x {c.linear_key_head_dim}, {c.linear_num_value_heads} value"
@@ -115,7 +115,7 @@ def _memory(c: Qwen3NextConfig) -> Iterator[tuple[str, str]]:
 
 def _machine_table(config: Qwen3NextConfig, dtype_name: str) -> Table:
     table = Table(title=f"On this machine, weights in {dtype_name}, {USABLE:.0%} of the memory counted on")
-    context = config.max_position_embeddings
+    context = config.context_length()
     short = min(SHORT_CONTEXT, context)
     several = (f"sequences of {short:,}", f"sequences of {context:,}")
     for heading in ("memory", "size", "fits", "tokens, one sequence", *several):

@@ -90,8 +90,8 @@ class Writer:
 
     @property
     def context(self) -> int:
-        """How many tokens the model was made for."""
-        return self.loaded.config.max_position_embeddings
+        """How many tokens the model serves, scaling of the rotary embedding included."""
+        return self.loaded.config.context_length()
 
     def read(self, text: str) -> None:
         """Append text; the model reads it with the next `write`.

@@ -50,7 +50,9 @@ class Qwen3NextConfig(PreTrainedConfig):
         mlp_only_layers, decoder_sparse_step: which layers are dense, see `is_sparse_layer`.
         layer_types: "linear_attention" or "full_attention" for each layer. Left out, every
             `full_attention_interval`-th layer (default 4) is full attention.
-        rope_parameters: the rotary embedding; served types are "default", "linear" and "yarn".
+        rope_parameters: the rotary embedding; served types are "default", "linear", "dynamic" and "yarn". "dynamic"
+            takes its frequencies from the longest position of a call, so packed sequences give what each gives alone
+            only up to the trained length, `max_position_embeddings`.
         num_nextn_predict_layers: layers of the multi-token-prediction module; 0 means that the checkpoint has none.
         num_mtp_steps: chained MTP steps that training unrolls.
         mtp_loss_weight: weight of the MTP loss in the training loss.
@@ -224,6 +226,16 @@ class Qwen3NextConfig(PreTrainedConfig):
     def linear_conv_dim(self) -> int:
         """C: channels of the causal convolution, all queries, keys and values."""
         return 2 * self.linear_key_dim + self.linear_value_dim
+
+    def context_length(self) -> int:
+        """Tokens that the rotary embedding serves: at least `max_position_embeddings`.
+
+        A scaled type reaches `factor` times the length trained, which only "yarn" states for itself
+        (`original_max_position_embeddings`); of "linear" and "dynamic" it is `max_position_embeddings`.
+        """
+        rope, stated = self.rope_parameters, self.max_position_embeddings
+        trained = rope.get("original_max_position_embeddings", stated)
+        return max(stated, int(rope.get("factor", 1) * trained))
 
     def is_full_attention_layer(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) mixes by attention; otherwise by the gated delta rule."""

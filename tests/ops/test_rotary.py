@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3_next import Qwen3NextConfig as PeerConfig
 
+from qwen3_next import Qwen3NextConfig
+from qwen3_next.model.layers import rotary_settings
 from qwen3_next.ops.rotary import YarnScaling, apply_rotary, rotary_frequencies, rotary_tables, yarn_attention_factor
 
 
@@ -76,6 +78,10 @@ YARNS: list[dict[str, Any]] = [
     {"factor": 8.0, "attention_factor": 1.25},
     {"factor": 3.5, "truncate": False},
     {"factor": 1.0},
+    {"factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5},
+    {"factor": 40.0, "mscale": 0.7, "mscale_all_dim": 1.0},
+    {"factor": 1.0, "mscale": 2.0, "mscale_all_dim": 0.5},
+    {"factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5, "attention_factor": 1.25},
 ]
 
 
@@ -92,6 +98,16 @@ def test_yarn_is_that_of_transformers(
     yarn = YarnScaling(original_length=original, **settings_of_yarn)
     torch.testing.assert_close(rotary_frequencies(int(256 * share), theta, yarn=yarn), expected, rtol=1e-6, atol=0)
     assert math.isclose(yarn_attention_factor(yarn), factor, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("scales", [{}, {"mscale": 1.0, "mscale_all_dim": 0.5}, {"attention_factor": 1.5}], ids=str)
+def test_every_yarn_setting_of_a_configuration_reaches_the_tables(scales: dict[str, float]) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "factor": 4.0}
+    rope |= {"original_max_position_embeddings": 128} | scales
+    expected = ROPE_INIT_FUNCTIONS["yarn"](PeerConfig(head_dim=64, rope_parameters=rope), torch.get_default_device())
+    frequencies, factor = rotary_settings(Qwen3NextConfig(head_dim=64, rope_parameters=rope))
+    torch.testing.assert_close(frequencies, expected[0], rtol=1e-6, atol=0)
+    assert math.isclose(factor, expected[1], rel_tol=1e-12)
 
 
 def test_without_yarn_the_attention_factor_is_one() -> None:

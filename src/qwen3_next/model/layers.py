@@ -83,7 +83,8 @@ class RotaryEmbedding(nn.Module):
     """cos and sin for the positions of a forward pass; holds no parameter.
 
     With rope type "dynamic" the frequencies follow the longest position of the call, once it is beyond the trained
-    length. Keys cached by earlier calls keep the rotation they got.
+    length, and all sequences of the call share them. So a sequence packed with others gets what it gets alone only
+    while none of them is longer than the model was trained for. Keys cached by earlier calls keep their rotation.
     """
 
     def __init__(self, config: Qwen3NextConfig) -> None:
@@ -126,5 +127,7 @@ def _yarn_scaling(config: Qwen3NextConfig) -> YarnScaling:
         beta_fast=settings.get("beta_fast") or 32.0,
         beta_slow=settings.get("beta_slow") or 1.0,
         attention_factor=settings.get("attention_factor"),
+        mscale=settings.get("mscale", YarnScaling.mscale),
+        mscale_all_dim=settings.get("mscale_all_dim", YarnScaling.mscale_all_dim),
         truncate=settings.get("truncate", True),
     )

@@ -19,7 +19,10 @@ class YarnScaling:
         original_length: the context that the model was trained at, in tokens.
         beta_fast: rotations over the original context above which a frequency is kept.
         beta_slow: rotations below which a frequency is divided by `factor`.
-        attention_factor: multiplies cos and sin; None takes `0.1 ln(factor) + 1` (section 3.4).
+        attention_factor: multiplies cos and sin; None takes `m(mscale) / m(mscale_all_dim)` with
+            `m(s) = 0.1 s ln(factor) + 1`: the paper's `0.1 ln(factor) + 1` (section 3.4) at the defaults.
+        mscale: of the numerator, for the dimensions that are rotated.
+        mscale_all_dim: of the denominator, for what a model scales over all dimensions anyway (DeepSeek's convention).
         truncate: round the borders of the ramp to whole dimensions.
     """
 
@@ -28,6 +31,8 @@ class YarnScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
     truncate: bool = True
 
 
@@ -66,7 +71,11 @@ def yarn_attention_factor(yarn: YarnScaling | None) -> float:
         return 1.0
     if yarn.attention_factor is not None:
         return yarn.attention_factor
-    return 0.1 * math.log(yarn.factor) + 1.0 if yarn.factor > 1 else 1.0
+    return _temperature(yarn.factor, yarn.mscale) / _temperature(yarn.factor, yarn.mscale_all_dim)
+
+
+def _temperature(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _share_kept(rotary_dim: int, theta: float, yarn: YarnScaling) -> Float[Tensor, "R"]:
