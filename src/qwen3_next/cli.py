@@ -34,7 +34,12 @@ app = typer.Typer(
 )
 
 ModelName = Annotated[str | None, typer.Option("--model", help="Directory or hub id; left out, the model in the box.")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto (the checkpoint's; float32 on a CPU that only emulates bfloat16), bfloat16, float16 or float32."
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to write at most.")]
 Greedy = Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token; so does --temperature 0.")]

@@ -113,7 +113,7 @@ def load_model(directory: Path, dtype_name: str, device_name: str) -> LoadedMode
 
     device = choose_device(device_name)
     config = read_config(directory)
-    dtype = choose_dtype(dtype_name, config)
+    dtype = choose_dtype(dtype_name, config, device)
     tokenizer_file = directory / "tokenizer.json"
     if not tokenizer_file.is_file():
         raise CheckpointError(f"{directory} holds no tokenizer.json; copy the model's tokenizer files there.")
@@ -148,8 +148,12 @@ def choose_device(name: str) -> "torch.device":
     return torch.device(name)
 
 
-def choose_dtype(name: str, config: "Qwen3NextConfig") -> "torch.dtype":
+def choose_dtype(name: str, config: "Qwen3NextConfig", device: "torch.device") -> "torch.dtype":
     """The dtype of a name; "auto" is the one of the checkpoint.
+
+    A CPU with nothing above AVX2 has no instructions for bf16, and its products of bf16 matrices take many times as
+    long as those of fp32: there "auto" computes a bf16 checkpoint in fp32, if its weights then take at most half of
+    the memory.
 
     Raises:
         InputError: an unknown dtype.
@@ -158,9 +162,19 @@ def choose_dtype(name: str, config: "Qwen3NextConfig") -> "torch.dtype":
 
     if name not in DTYPES:
         raise InputError(f"--dtype {name} is unknown. Allowed: {', '.join(DTYPES)}.")
-    if name == "auto":
-        return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    return getattr(torch, name)
+    if name != "auto":
+        return getattr(torch, name)
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    emulated = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if stored == torch.bfloat16 and emulated and 2 * config.weight_bytes(torch.float32) <= _ram_bytes():
+        return torch.float32
+    return stored
+
+
+def _ram_bytes() -> int:
+    from qwen3_next.cli_info import memories
+
+    return next(memories()).bytes
 
 
 def _chat_template(directory: Path) -> str | None:
