@@ -45,6 +45,35 @@ def test_weights_come_in_the_dtype_wanted_and_the_decay_rates_in_fp32(tmp_path: 
         assert parameter.device == CPU, name
 
 
+def head_stored(directory: Path, change: float) -> Qwen3NextForCausalLM:
+    """Save a tied model whose file holds the head too, away from the embedding by `change` in one place."""
+    model = tiny_model(int(torch.randint(2**31, ())), tie_word_embeddings=True)
+    file = saved(model, directory) / "model.safetensors"
+    tensors = load_file(file)
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["lm_head.weight"][-1, -1] += change
+    save_file(tensors, file, {"format": "pt"})
+    return model
+
+
+def test_a_stored_head_that_differs_from_the_tied_embedding_is_refused_by_both_loaders(tmp_path: Path) -> None:
+    model = head_stored(tmp_path, change=0.5)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        BareCausalLM.from_directory(tmp_path, model.config, torch.float32, CPU)
+    with pytest.raises(CheckpointError, match=r"tie_word_embeddings"):
+        Qwen3NextForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_stored_head_equal_to_the_tied_embedding_is_that_embedding_in_both_loaders(tmp_path: Path) -> None:
+    model = head_stored(tmp_path, change=0.0)
+    bare = BareCausalLM.from_directory(tmp_path, model.config, torch.float32, CPU)
+    full = Qwen3NextForCausalLM.from_pretrained(tmp_path)
+    for loaded in (bare, full):
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
 def test_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> None:
     model = tiny_model()
     file = saved(model, tmp_path) / "model.safetensors"

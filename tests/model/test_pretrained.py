@@ -193,6 +193,16 @@ def test_a_head_of_another_size_is_made_anew_where_that_was_asked_for(tmp_path: 
     assert same_bits(wider.model.norm.weight, tiny.model.norm.weight)
 
 
+@pytest.mark.parametrize("spelling", ["norm.weight", "transformer.norm.weight"])
+def test_a_tensor_stored_under_two_spellings_is_refused(
+    saved: tuple[Qwen3NextForCausalLM, Path], spelling: str
+) -> None:
+    model, folder = saved
+    write(folder, {**unfused(state(model)), spelling: torch.randn(model.config.hidden_size)})
+    with pytest.raises(CheckpointError, match=rf"1 (standing twice|unexpected): .*{spelling}"):
+        Qwen3NextForCausalLM.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("cls", [qwen3_next.Qwen3NextForCausalLM, qwen3_next.Qwen3NextForQuestionAnswering])
 def test_a_bare_networks_checkpoint_fills_the_network_of_a_head(cls: Any, tmp_path: Path) -> None:
     bare = tiny_model(6, num_nextn_predict_layers=0).model

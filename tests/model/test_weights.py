@@ -225,6 +225,14 @@ def test_compare_accepts_what_fits() -> None:
         compare(expected, prefixed)
 
 
+@pytest.mark.parametrize("prefixed_first", [True, False])
+def test_compare_refuses_a_tensor_that_stands_under_both_names(prefixed_first: bool) -> None:
+    names = ["model.norm.weight", "norm.weight"] if prefixed_first else ["norm.weight", "model.norm.weight"]
+    for expected in names:
+        with pytest.raises(CheckpointError, match=f"1 standing twice: {names[0]} and {names[1]}"):
+            compare({expected: (3,)}, dict.fromkeys(names, (3,)), base_prefix="model.")
+
+
 def test_mtp_layers_are_counted_and_a_partial_block_is_refused() -> None:
     names = set(random_state())
     mtp = {name for name in names if name.startswith("mtp.")}

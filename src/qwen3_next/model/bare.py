@@ -16,7 +16,7 @@ from qwen3_next.model.cache import CachedKeys, DeltaNetState
 from qwen3_next.model.decoder import DecoderLayer
 from qwen3_next.model.inputs import PackedInputs
 from qwen3_next.model.layers import RMSNorm, RotaryEmbedding
-from qwen3_next.model.weights import compare, open_directory
+from qwen3_next.model.weights import compare, open_directory, refuse_untied_head
 from qwen3_next.ops.segments import Segments
 
 _KEPT_IN_FP32 = ("A_log", "dt_bias")
@@ -75,7 +75,8 @@ class BareCausalLM(nn.Module):
         """Load a local checkpoint of the published layout, straight into `dtype`; `mtp.*` stays in the files.
 
         Raises:
-            CheckpointError: the files are missing, not whole, or do not hold exactly the model that `config` describes.
+            CheckpointError: the files are missing, not whole, or do not hold exactly the model that `config` describes,
+                or hold a head of its own where `config` ties it to the embedding.
         """
         with torch.device("meta"):
             model = cls(config)
@@ -85,6 +86,8 @@ class BareCausalLM(nn.Module):
         tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
         shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
         compare(shapes, checkpoint.in_memory_shapes(), may_miss=tied, may_exceed=("mtp.",))
+        if config.tie_word_embeddings:
+            refuse_untied_head(checkpoint.parameters)
         dtypes = {name: torch.float32 if name.endswith(_KEPT_IN_FP32) else dtype for name in expected}
         stored = checkpoint.lazy_state_dict(dtypes)
         values = {name: stored[name].read().to(device) for name in expected if name in stored}

@@ -28,9 +28,14 @@ def compare(
         may_miss, may_exceed: beginnings of names (of the model, of the checkpoint) that may be absent or left over.
 
     Raises:
-        CheckpointError: lists what is missing, unexpected, or of another shape.
+        CheckpointError: lists what is missing, unexpected, of another shape, or there under both names.
     """
-    aligned = {_align(name, expected, base_prefix): name for name in found}
+    aligned: dict[str, str] = {}
+    twice: list[str] = []
+    for name in found:
+        other = aligned.setdefault(_align(name, expected, base_prefix), name)
+        if other != name:
+            twice.append(f"{other} and {name}")
     missing = [name for name in expected if name not in aligned and not name.startswith(tuple(may_miss))]
     unexpected = [
         name for key, name in aligned.items() if key not in expected and not name.startswith(tuple(may_exceed))
@@ -40,7 +45,7 @@ def compare(
         for key, name in aligned.items()
         if key in expected and tuple(expected[key]) != tuple(found[name])
     ]
-    faults = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped, "standing twice": twice}
     listed = [f"{len(names)} {kind}: {listing(names)}" for kind, names in faults.items() if names]
     if listed:
         raise CheckpointError(

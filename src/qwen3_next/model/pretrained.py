@@ -186,16 +186,20 @@ def _checked_state_dict(
             may_miss=may_miss,
             may_exceed=may_exceed,
         )
+    if model.config.tie_word_embeddings and "lm_head.weight" in expected:
+        weights.refuse_untied_head(checkpoint.parameters)
     return checkpoint.lazy_state_dict({name: tensor.dtype for name, tensor in expected.items()})
 
 
 def _with_body_named(prefix: str, parameters: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """The network is `transformer.` in question answering and `model.` in every other class, as transformers has it."""
     other = {"model": "transformer.", "transformer": "model."}[prefix]
-    return {
-        f"{prefix}.{name.removeprefix(other)}" if name.startswith(other) else name: lazy
-        for name, lazy in parameters.items()
-    }
+    named: dict[str, LazyTensor] = {}
+    for name, lazy in parameters.items():
+        new = f"{prefix}.{name.removeprefix(other)}" if name.startswith(other) else name
+        # One that stands under both names keeps them, and is refused as left over.
+        named[name if new in parameters else new] = lazy
+    return named
 
 
 def _settle_mtp(model: Qwen3NextPreTrainedModel, checkpoint: weights.Checkpoint) -> None:

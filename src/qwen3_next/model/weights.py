@@ -35,6 +35,7 @@ __all__ = [
     "published_shapes",
     "published_slots",
     "published_tensors",
+    "refuse_untied_head",
     "save_weights",
 ]
 
@@ -129,6 +130,24 @@ def open_directory(directory: Path | str) -> Checkpoint:
         CheckpointError: as `open_checkpoint`, and where the directory holds no safetensors checkpoint.
     """
     return open_checkpoint(*locate(Path(directory)))
+
+
+def refuse_untied_head(parameters: Mapping[str, LazyTensor]) -> None:
+    """Check that a stored head is the stored embedding, where a config ties them. Both are read, if both are there.
+
+    Raises:
+        CheckpointError: their shapes or values differ, so that either could be meant.
+    """
+    head = parameters.get("lm_head.weight")
+    embedding = next((name for name in parameters if name.endswith("embed_tokens.weight")), None)
+    if head is None or embedding is None:
+        return
+    dtype = torch.promote_types(head.dtype, parameters[embedding].dtype)
+    if not torch.equal(replace(head, dtype=dtype).read(), replace(parameters[embedding], dtype=dtype).read()):
+        raise CheckpointError(
+            f"lm_head.weight differs from {embedding}, but tie_word_embeddings = true makes them one; only equal "
+            "values are read. Set tie_word_embeddings to false in config.json, or remove lm_head.weight."
+        )
 
 
 def published_shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
