@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.conftest import EVERY_EXPERT, tiny_model
 from tests.model.reference import relative_error
-from transformers import DynamicCache, StaticCache
+from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
 from qwen3_next.errors import InputError
 
@@ -124,6 +124,63 @@ def test_packed_documents_with_a_cache_are_refused() -> None:
     assert model(torch.zeros(1, 5, dtype=torch.long), position_ids=positions).past_key_values is None
 
 
+def test_a_document_that_begins_inside_a_row_that_continues_a_cache_is_refused() -> None:
+    model = tiny_model()
+    tokens = tokens_of([4, 3, 5])
+    cache = model(tokens[0], use_cache=True).past_key_values
+    model(tokens[1], past_key_values=cache, position_ids=torch.arange(4, 7)[None])
+    with pytest.raises(InputError, match=r"fall back inside a row that continues 7 cached tokens.*use_cache=False"):
+        model(tokens[2], past_key_values=cache, position_ids=torch.tensor([[7, 8, 0, 1, 2]]))
+
+
+@pytest.mark.parametrize("kwargs", [{"return_seq_idx": True}, {"return_flash_attn_kwargs": True}], ids=str)
+@pytest.mark.parametrize("lengths", [[7], [5, 1, 9]])
+def test_what_transformers_collator_of_packed_documents_returns_separates_them(
+    kwargs: dict[str, bool], lengths: list[int]
+) -> None:
+    model = tiny_model(9)
+    documents = tokens_of(lengths)
+    collate = DataCollatorWithFlattening(**kwargs)
+    batch = collate([{"input_ids": d[0].tolist()} for d in documents], return_tensors="pt")
+    alone = torch.cat([model(d).logits[0] for d in documents])
+    assert relative_error(model(**batch).logits[0], alone) < TOLERANCE
+
+
+def test_every_description_of_packed_documents_together_is_taken() -> None:
+    model = tiny_model(10)
+    a, b = tokens_of([4, 6])
+    borders = torch.tensor([0, 4, 10], dtype=torch.int32)
+    logits = model(
+        torch.cat([a, b], 1),
+        position_ids=torch.tensor([[*range(4), *range(6)]]),
+        cu_seq_lens_q=borders,
+        cu_seq_lens_k=borders,
+        max_length_q=6,
+        max_length_k=6,
+        seq_idx=torch.tensor([[0] * 4 + [1] * 6], dtype=torch.int32),
+    ).logits
+    assert relative_error(logits[0, 4:], model(b).logits[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("description", "found"),
+    [
+        ({"seq_idx": [[0, 0, 0, 1, 1]]}, "seq_idx"),
+        ({"seq_idx": [[0, 0, 0, 1, 1]], "cu_seq_lens_q": [0, 2, 5]}, "seq_idx"),
+        ({"seq_idx": [[0, 0, 0, 1]], "cu_seq_lens_q": [0, 3, 5]}, r"seq_idx of shape \(1, 4\)"),
+        ({"cu_seq_lens_k": [0, 3, 5]}, r"cu_seq_lens_k=\[0, 3, 5\]"),
+        ({"cu_seq_lens_k": [0, 3, 5], "cu_seq_lens_q": [0, 2, 5]}, r"cu_seq_lens_k=\[0, 3, 5\].*\[0, 2, 5\]"),
+    ],
+    ids=str,
+)
+def test_a_description_that_names_documents_which_nothing_separates_is_refused(
+    description: dict[str, list[int]], found: str
+) -> None:
+    tensors = {name: torch.tensor(value) for name, value in description.items()}
+    with pytest.raises(InputError, match=f"{found}.*restarting position_ids"):
+        tiny_model()(tokens_of([5])[0], **tensors)
+
+
 def test_contradicting_inputs_are_refused() -> None:
     model = tiny_model()
     tokens = torch.zeros(1, 5, dtype=torch.long)
@@ -133,6 +190,10 @@ def test_contradicting_inputs_are_refused() -> None:
         model(tokens, cu_seq_lens_q=torch.tensor([0, 3, 4]))
     with pytest.raises(InputError, match="position_ids"):
         model(tokens, position_ids=torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(InputError, match=r"position_ids are torch.float32.*long\(\)"):
+        model(tokens, position_ids=torch.arange(5.0)[None])
+    with pytest.raises(InputError, match=r"\[B, S, 32\]; got shape \(1, 5, 31\)"):
+        model(inputs_embeds=torch.zeros(1, 5, 31))
     with pytest.raises(InputError, match=r"unknown argument.*atention_mask"):
         model(tokens, atention_mask=torch.ones(1, 5))
 

@@ -116,12 +116,12 @@ def pack_rows(
         shape: (B, S) of the new tokens.
         past: columns already in the cache.
         attention_mask: `[B, past + S]`, 0 at padding.
-        position_ids: `[B, S]` or `[1, S]`; where they fall back inside a row (and nothing is cached), a new document
-            begins.
+        position_ids: `[B, S]` or `[1, S]`; where they fall back inside a row, a new document begins.
         document_borders: cumulative lengths of the documents of a single row; they win over `position_ids`.
 
     Raises:
-        InputError: a mask or position tensor of another shape, borders that do not span the row.
+        InputError: a mask or position tensor of another shape or kind; borders that do not span the row; a document
+            that begins inside a row that continues a cached one.
     """
     batch, length = shape
     valid = None if attention_mask is None else _valid_keys(attention_mask, batch, past, length)
@@ -133,7 +133,7 @@ def pack_rows(
     starts = None
     if document_borders is not None:
         starts = _starts_at_borders(document_borders, rows, device)
-    elif position_ids is not None and past == 0:
+    elif position_ids is not None:
         starts = _starts_at_restarts(positions, rows)
     tokens = None if token_ids is None else rows.pack(token_ids)
     if starts is None:
@@ -158,6 +158,8 @@ def _positions(position_ids: Tensor | None, batch: int, length: int, past: int, 
         return (torch.arange(length, device=device) + past).expand(batch, -1)
     if position_ids.shape not in ((batch, length), (1, length)):
         raise InputError(f"position_ids has shape {tuple(position_ids.shape)}; ({batch}, {length}) is needed.")
+    if position_ids.is_floating_point():
+        raise InputError(f"position_ids are {position_ids.dtype}; whole numbers are needed: convert with .long().")
     return position_ids.expand(batch, -1)
 
 
@@ -169,13 +171,18 @@ def _row_segments(rows: PaddedRows, device: torch.device) -> Segments:
 
 def _starts_at_restarts(positions: Int[Tensor, "T"], rows: PaddedRows) -> Bool[Tensor, "T"] | None:
     """True at the first token of each document, or None where every row is a single document."""
-    if positions.numel() < 2:
+    if positions.numel() < 2 or rows.length < 2:
         return None
     places = torch.arange(positions.numel(), device=positions.device) if rows.kept is None else rows.kept
     new_row = (places // rows.length).diff() != 0
     falls_back = positions.diff() <= 0
     if not bool((falls_back & ~new_row).any()):
         return None
+    if rows.past:
+        raise InputError(
+            f"position_ids fall back inside a row that continues {rows.past} cached tokens; there they must rise. "
+            "Pack documents without past_key_values and with use_cache=False, or give each a row of its own."
+        )
     return torch.nn.functional.pad(falls_back | new_row, (1, 0), value=True)
 
 
@@ -197,3 +204,41 @@ def _starts_at_borders(borders: Int[Tensor, "N+1"], rows: PaddedRows, device: to
     starts = torch.zeros(rows.length, dtype=torch.bool)
     starts[[start for start, end in itertools.pairwise(ends) if end > start]] = True
     return starts.to(device)
+
+
+def refuse_other_documents(inputs: PackedInputs, cu_seq_lens_k: Tensor | None, seq_idx: Tensor | None) -> None:
+    """Descriptions of packed documents that separate nothing by themselves must repeat what separates them.
+
+    Args:
+        inputs: the packed rows, their documents told by `cu_seq_lens_q` or by restarting positions.
+        cu_seq_lens_k: cumulative lengths of the documents' keys; without a cache, those of their queries.
+        seq_idx: `[B, S]` number of each token's document.
+
+    Raises:
+        InputError: either of them tells of other documents; every row would leak into documents that it names.
+    """
+    if cu_seq_lens_k is not None:
+        told = list(dict.fromkeys(cu_seq_lens_k.tolist()))
+        found = list(dict.fromkeys(itertools.accumulate(inputs.segments.lengths, initial=0)))
+        if told != found:
+            raise InputError(f"cu_seq_lens_k={told} names other documents than {found}, {_WHAT_SEPARATES}")
+    if seq_idx is not None and not _same_documents(inputs.row_view, seq_idx):
+        raise InputError(
+            f"seq_idx of shape {tuple(seq_idx.shape)} names other documents than the "
+            f"{inputs.segments.count} found in rows of shape ({inputs.row_view.batch}, {inputs.row_view.length}), "
+            f"{_WHAT_SEPARATES}"
+        )
+
+
+_WHAT_SEPARATES = (
+    "which cu_seq_lens_q or restarting position_ids tell; give either of these for the same documents as well."
+)
+
+
+def _same_documents(rows: PaddedRows, seq_idx: Tensor) -> bool:
+    if seq_idx.shape != (rows.batch, rows.length):
+        return False
+    documents = torch.zeros_like(seq_idx) if rows.documents is None else rows.documents.to(seq_idx.device)
+    row = torch.arange(rows.batch, device=seq_idx.device)[:, None].expand_as(seq_idx)
+    told, found, of_row = (rows.pack(x).diff() != 0 for x in (seq_idx, documents, row))
+    return bool((told == found)[~of_row].all())

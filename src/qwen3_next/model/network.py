@@ -14,7 +14,7 @@ from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.errors import InputError
 from qwen3_next.model.cache import ModelCache, TransformersCache, cached_length, complete_layers
 from qwen3_next.model.decoder import DecoderLayer, LayerOutput
-from qwen3_next.model.inputs import PackedInputs, PaddedRows, pack_rows
+from qwen3_next.model.inputs import PackedInputs, PaddedRows, pack_rows, refuse_other_documents
 from qwen3_next.model.layers import RMSNorm, RotaryEmbedding, RotaryTables
 from qwen3_next.model.pretrained import Qwen3NextPreTrainedModel
 from qwen3_next.ops.experts import Routing
@@ -138,6 +138,8 @@ class Qwen3NextModel(Qwen3NextPreTrainedModel):
         output_attentions: bool | None = None,
         output_router_logits: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         return_packed: bool = False,
         **kwargs: object,
     ) -> Qwen3NextModelOutput:
@@ -154,13 +156,15 @@ class Qwen3NextModel(Qwen3NextPreTrainedModel):
             output_attentions: return the probabilities of each attention layer, `[B, H, S, cached + S]`.
             output_router_logits: return the router's scores of each sparse layer, `[B * S, E]`, zeros at padding.
             cu_seq_lens_q: `[documents + 1]` cumulative lengths of the documents packed into one row.
+            cu_seq_lens_k: the same again, where given.
+            seq_idx: `[B, S]` number of each token's document; must agree with `cu_seq_lens_q` or `position_ids`.
             return_packed: return the packed results as well, for a head that works on them.
 
         Raises:
             InputError: inputs whose shapes contradict each other; an unknown argument.
         """
         refuse_unknown(kwargs)
-        rows = _rows_of(input_ids, inputs_embeds)
+        rows = _rows_of(input_ids, inputs_embeds, self.config.hidden_size)
         inputs = pack_rows(
             (rows.shape[0], rows.shape[1]),
             rows.device,
@@ -170,6 +174,7 @@ class Qwen3NextModel(Qwen3NextPreTrainedModel):
             position_ids=position_ids,
             document_borders=cu_seq_lens_q,
         )
+        refuse_other_documents(inputs, cu_seq_lens_k, seq_idx)
         assert inputs.rows is not None
         if past_key_values is None and self._creates_cache(use_cache, inputs.rows):
             past_key_values = DynamicCache(config=self.config)
@@ -236,20 +241,20 @@ def refuse_unknown(arguments: dict[str, object]) -> None:
 
 
 _HANDED_TO_EVERY_MODEL = {
-    # The other half of a packed batch's description, which self-attention has in common with cu_seq_lens_q.
-    *("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+    # What a kernel wants to know of packed documents besides their borders.
+    *("max_length_q", "max_length_k"),
     # What `generate` and `Trainer` add whatever the model; the losses read the second.
     *("cache_position", "num_items_in_batch", "is_first_iteration", "logits_to_keep"),
 }
 
 
-def _rows_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+def _rows_of(input_ids: Tensor | None, inputs_embeds: Tensor | None, width: int) -> Tensor:
     if (input_ids is None) == (inputs_embeds is None):
         raise InputError("give exactly one of input_ids [B, S] and inputs_embeds [B, S, D].")
     rows = input_ids if input_ids is not None else inputs_embeds
     assert rows is not None
-    if rows.dim() != (2 if input_ids is not None else 3):
-        raise InputError(f"input_ids must be [B, S] and inputs_embeds [B, S, D]; got shape {tuple(rows.shape)}.")
+    if rows.dim() != (2 if input_ids is not None else 3) or rows.shape[2:] not in ((), (width,)):
+        raise InputError(f"input_ids must be [B, S] and inputs_embeds [B, S, {width}]; got shape {tuple(rows.shape)}.")
     return rows
 
 
