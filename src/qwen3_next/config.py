@@ -7,7 +7,13 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedConfig
 
-from qwen3_next.config_checks import accept_checkpoint_quantization, validate_dtype, validate_fields, validate_sizes
+from qwen3_next.config_checks import (
+    accept_checkpoint_quantization,
+    validate_dtype,
+    validate_fields,
+    validate_labels,
+    validate_sizes,
+)
 from qwen3_next.config_figures import Figures
 from qwen3_next.config_rope import read_rope, refuse, replace_rope, rope_scaling_of, validate_rope_parameters
 
@@ -108,6 +114,7 @@ class Qwen3NextConfig(PreTrainedConfig):
         """Complete the fields from every accepted spelling, then refuse what cannot be served."""
         validate_sizes(self)
         validate_dtype(self.dtype if self.dtype is not None else kwargs.get("torch_dtype"))
+        validate_labels(kwargs, self.id2label)
         accept_checkpoint_quantization(kwargs)
         self.mlp_only_layers = list(self.mlp_only_layers or [])
         interval = kwargs.pop("full_attention_interval", None)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from qwen3_next.config_rope import refuse
 
 if TYPE_CHECKING:
     from qwen3_next.config import Qwen3NextConfig
 
-__all__ = ["accept_checkpoint_quantization", "validate_dtype", "validate_fields", "validate_sizes"]
+__all__ = [
+    "accept_checkpoint_quantization",
+    "validate_dtype",
+    "validate_fields",
+    "validate_labels",
+    "validate_sizes",
+]
 
 LAYER_TYPES = ("linear_attention", "full_attention")
 ACTIVATIONS = ("silu", "swish")  # two names of one function
@@ -40,12 +47,16 @@ WEIGHTS = ("initializer_range", "router_aux_loss_coef", "mtp_loss_weight")
 
 
 def validate_sizes(config: Qwen3NextConfig) -> None:
-    """Check what everything else is derived from: sizes are positive integers, counts are not negative."""
+    """Check what everything else is derived from: sizes are positive integers, counts not negative, lists lists."""
     for names, least, allowed in ((SIZES, 1, "a positive integer"), (COUNTS, 0, "an integer of at least 0")):
         for name in names:
             value = getattr(config, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 refuse(name, value, allowed, "Correct the value or leave it out for the default.")
+    for name in ("layer_types", "mlp_only_layers"):
+        value: object = getattr(config, name)
+        if value is not None and not isinstance(value, list | tuple):
+            refuse(name, value, "a list or null", "Correct the value or leave it out for the default.")
 
 
 def validate_fields(config: Qwen3NextConfig) -> None:
@@ -58,13 +69,7 @@ def validate_fields(config: Qwen3NextConfig) -> None:
         refuse("hidden_act", config.hidden_act, " or ".join(map(repr, ACTIVATIONS)), "The published model uses 'silu'.")
     if getattr(config, "use_sliding_window", False):
         refuse("use_sliding_window", True, "false", "Qwen3-Next attends to the whole context: set it to false.")
-    if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
-        refuse(
-            "pad_token_id",
-            config.pad_token_id,
-            f"null, or a token below vocab_size = {config.vocab_size}",
-            "Leave it out when the tokenizer has no padding token.",
-        )
+    _validate_special_tokens(config)
     if config.num_nextn_predict_layers > 1:
         refuse(
             "num_nextn_predict_layers",
@@ -92,9 +97,13 @@ def accept_checkpoint_quantization(fields: dict[str, Any]) -> None:
     loading; that is transformers' to serve and stays.
     """
     quantization = fields.get("quantization_config")
-    if quantization is not None and not isinstance(quantization, dict):
+    if callable(getattr(quantization, "to_dict", None)):
         return
     fields.pop("quantization_config", None)
+    if quantization is None:
+        return
+    if not isinstance(quantization, dict):
+        refuse("quantization_config", quantization, "a dictionary or null", "Leave it out for bfloat16 weights.")
     if not quantization:
         return
     served = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3", "activation_scheme": "dynamic"}
@@ -108,6 +117,32 @@ def accept_checkpoint_quantization(fields: dict[str, Any]) -> None:
                 f"{value!r}, the published block-fp8 format",
                 "Load the bfloat16 or the published FP8 checkpoint instead.",
             )
+
+
+def validate_labels(fields: dict[str, Any], id2label: Any) -> None:
+    """Check what transformers makes the labels of a classifier from: `num_labels` among `fields`, and `id2label`."""
+    if id2label is not None and not isinstance(id2label, dict):
+        refuse("id2label", id2label, "a dictionary of numbers and names, or null", "Give num_labels alone.")
+    count = fields.get("num_labels")
+    if "num_labels" not in fields or (count is None and id2label is not None):
+        return
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        refuse("num_labels", count, "a positive integer", "Leave it out for two labels.")
+
+
+def _validate_special_tokens(config: Qwen3NextConfig) -> None:
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value: object = getattr(config, name)
+        several = name == "eos_token_id" and isinstance(value, list | tuple)
+        for token in cast(Sequence[object], value if several else [] if value is None else [value]):
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < config.vocab_size:
+                kind = "a token or a list of tokens" if name == "eos_token_id" else "a token"
+                refuse(
+                    name,
+                    value,
+                    f"null, or {kind} from 0 to vocab_size - 1 = {config.vocab_size - 1}",
+                    "Leave it out when the tokenizer has none, or correct vocab_size.",
+                )
 
 
 def _validate_numbers(config: Qwen3NextConfig) -> None:

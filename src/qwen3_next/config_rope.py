@@ -128,7 +128,7 @@ def require_served_rope_type(rope_type: Any) -> None:
     Raises:
         ConfigError: names the types that are served.
     """
-    if rope_type not in SCALING_FIELDS:
+    if not isinstance(rope_type, str) or rope_type not in SCALING_FIELDS:
         refuse(
             "rope_parameters.rope_type",
             rope_type,

@@ -96,6 +96,7 @@ def test_an_insane_header_length_is_refused(tmp_path: Path, length: int) -> None
         ({"a": entry(offsets=(0, 4, 8))}, "lacks dtype"),
         ({"a": entry(dtype="I32")}, "'I32'"),
         ({"a": entry(dtype="F4")}, "bf16"),
+        ({"a": {**entry(), "dtype": []}}, "has the dtype []"),
         ({"a": entry(shape=(-2,))}, "no counts"),
         ({"a": entry(shape=(True, 2))}, "no counts"),
         ({"a": entry(shape=(2.0,))}, "no counts"),
@@ -152,6 +153,7 @@ def test_an_index_gathers_its_shards(tmp_path: Path) -> None:
         ({"a": "../model.safetensors"}, "not a plain file name"),
         ({"a": 3}, "not a plain file name"),
         ([], "not a table"),
+        ({}, "an empty one"),
     ],
 )
 def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path: Path, weight_map: Any, reason: str) -> None:

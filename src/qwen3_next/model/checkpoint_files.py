@@ -115,8 +115,10 @@ def _read_index(file: Path) -> dict[str, str]:
         weight_map = json.loads(file.read_bytes())["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a checkpoint index ({error!r}); download it again.") from error
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{file}: weight_map is not a table of names and files; download it again.")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{file}: weight_map is not a table of names and files, or an empty one; download it again."
+        )
     names = cast(dict[str, Any], weight_map)
     for name, shard in names.items():
         # A shard lies beside its index: a path in there would read files from elsewhere.
@@ -162,7 +164,7 @@ def _stored(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
         dtype_name, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: the entry of {name} lacks dtype, shape or data_offsets ({error!r}).") from error
-    if dtype_name not in DTYPES:
+    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         raise CheckpointError(
             f"{file}: {name} has the dtype {dtype_name!r}; {', '.join(DTYPES)} are read. "
             "Take the bf16 or the block-fp8 variant of the model."
