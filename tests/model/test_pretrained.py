@@ -4,11 +4,13 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from safetensors import safe_open
 from tests.conftest import tiny_model
 from tests.model.reference import relative_error
@@ -267,6 +269,64 @@ def test_resized_embeddings_keep_the_rows_they_had(tmp_path: Path, tied: bool, s
 def test_another_layout_or_a_misspelt_argument_is_refused_when_saving(tmp_path: Path, arguments: Any) -> None:
     with pytest.raises(InputError, match=next(iter(arguments))):
         tiny_model().save_pretrained(tmp_path, **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", ["abc", "4", "0GB", "-1GB", 0, -5])
+def test_a_shard_size_below_one_byte_is_refused_before_anything_is_written(tmp_path: Path, size: int | str) -> None:
+    with pytest.raises(InputError, match=rf"max_shard_size={size!r}.*at least 1 byte"):
+        tiny_model().save_pretrained(tmp_path, max_shard_size=size)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def uploads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What would have been committed to the hub: each commit's repository, files and settings."""
+    commits: list[dict[str, Any]] = []
+
+    def create_commit(*_: HfApi, repo_id: str, operations: list[CommitOperationAdd], **settings: Any) -> None:
+        files = {operation.path_in_repo: Path(operation.path_or_fileobj).read_bytes() for operation in operations}
+        commits.append({"repo_id": repo_id, "files": files} | settings)
+
+    def create_repo(repo_id: str, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(repo_id=f"someone/{repo_id}")
+
+    def card(*_: Any, **__: Any) -> ModelCard:
+        return ModelCard("A model.")
+
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr("transformers.utils.hub.create_commit", create_commit, raising=False)  # before 5.23
+    monkeypatch.setattr("qwen3_next.model.pretrained.create_repo", create_repo)
+    monkeypatch.setattr("qwen3_next.model.pretrained.create_and_tag_model_card", card)
+    return commits
+
+
+def test_what_was_written_is_uploaded_once_and_nothing_that_lay_beside_it(
+    tmp_path: Path, uploads: list[dict[str, Any]]
+) -> None:
+    (tmp_path / "notes.txt").write_text("private")
+    model = tiny_model(9)
+    changed = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "max_shard_size": "50KB", "commit_message": "Second"}
+    model.save_pretrained(tmp_path, state_dict=changed, push_to_hub=True, **options)
+    [commit] = uploads
+    written = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "notes.txt"}
+    assert commit["files"] == written
+    assert sum(name.endswith(".safetensors") for name in written) > 1
+    assert (commit["repo_id"], commit["commit_message"]) == (f"someone/{tmp_path.name}", "Second")
+    again = state(Qwen3NextForCausalLM.from_pretrained(tmp_path))
+    assert all(torch.equal(again[name].float(), tensor.bfloat16().float()) for name, tensor in changed.items())
+
+
+def test_a_process_that_is_not_the_main_one_uploads_nothing(tmp_path: Path, uploads: list[dict[str, Any]]) -> None:
+    tiny_model().save_pretrained(tmp_path / "model", is_main_process=False, push_to_hub=True, repo_id="model")
+    assert uploads == []
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_misspelt_argument_for_the_hub_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"comit_message.*commit_message"):
+        tiny_model().save_pretrained(tmp_path, push_to_hub=True, comit_message="x")
     assert list(tmp_path.iterdir()) == []
 
 

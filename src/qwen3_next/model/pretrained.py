@@ -4,15 +4,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils.modeling import convert_file_size_to_int
+from huggingface_hub import create_repo
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils import logging
+from transformers.utils.hub import create_and_tag_model_card
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.errors import InputError
@@ -104,15 +106,17 @@ class Qwen3NextPreTrainedModel(PreTrainedModel):
 
         Args:
             state_dict: parameters by their names in memory; None takes the model's own, fetched back where offloaded.
+            push_to_hub: upload what was written as well; like the writing, in the main process only.
             max_shard_size: size of a file at most, as bytes or like "4GB".
             dtype: of every tensor written: `torch.bfloat16` exports what was published. None keeps each tensor's own,
                 so that fp32 decay rates survive a round trip.
-            kwargs: for the hub (`repo_id`, `token`, ...) with `push_to_hub`. A model that carries PEFT adapters is
-                saved by transformers' own method, which writes the adapters alone.
+            kwargs: for the hub with `push_to_hub`: `repo_id` (by default the directory's name), `token`, `private`,
+                `tags`, `commit_message`, `commit_description`, `revision`, `create_pr`. A model that carries PEFT
+                adapters is saved by transformers' own method, which writes the adapters alone.
 
         Raises:
             CheckpointError: the weights cannot be written; an earlier checkpoint in the directory stays whole.
-            InputError: an argument that asks for another layout, or an unknown one.
+            InputError: an argument that asks for another layout, or an unknown one; a size below one byte.
         """
         if getattr(self, "_hf_peft_config_loaded", False):
             weights_given = None if state_dict is None else dict(state_dict)
@@ -121,34 +125,61 @@ class Qwen3NextPreTrainedModel(PreTrainedModel):
             )
             return
         _refuse_unknown_when_saving(kwargs, push_to_hub)
+        max_shard_bytes = _bytes_of(max_shard_size)
         if is_main_process:
             self.config.dtype = dtype or self.dtype
             self.config.architectures = [type(self).__name__]
             directory = Path(save_directory)
+            present = self._get_files_timestamps(directory) if directory.is_dir() else {}
             weights.save_weights(
                 self.state_dict() if state_dict is None else state_dict,
                 directory,
                 dtype=dtype,
-                max_shard_bytes=_bytes_of(max_shard_size),
+                max_shard_bytes=max_shard_bytes,
                 fetch=lambda name: load_offloaded_parameter(self, name),
             )
             self.config.save_pretrained(directory)
             if self.can_generate():
                 self.generation_config.save_pretrained(directory)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+            if push_to_hub:
+                self._upload(directory, present, **kwargs)
+
+    def _upload(
+        self,
+        directory: Path,
+        present: dict[str, float],
+        repo_id: str | None = None,
+        token: bool | str | None = None,
+        private: bool | None = None,
+        tags: list[str] | None = None,
+        **commit: Any,
+    ) -> None:
+        """Upload the files of a directory that were not `present` before, or were older.
+
+        Not by `push_to_hub`, which saves once more, without the arguments that this was saved with.
+        """
+        repo_id = create_repo(repo_id or directory.resolve().name, token=token, private=private, exist_ok=True).repo_id
+        card = create_and_tag_model_card(repo_id, tags, token=cast("str | None", token))
+        card.save(directory / "README.md")
+        self._upload_modified_files(directory, repo_id, present, token=token, **commit)
 
 
 def _refuse_unknown_when_saving(arguments: dict[str, Any], push_to_hub: bool) -> None:
     layouts = {name: arguments.pop(name) for name in _ONLY_LAYOUT if name in arguments}
     refused = [f"{name}={value!r}" for name, value in layouts.items() if value != _ONLY_LAYOUT[name]]
-    refused += [name for name in arguments if not push_to_hub and name not in ("repo_id", "token")]
+    allowed = _FOR_THE_HUB if push_to_hub else {"repo_id", "token"}
+    refused += [name for name in arguments if name not in allowed]
     if refused:
         raise InputError(
             f"save_pretrained cannot serve {', '.join(refused)}: it writes safetensors in the published layout, and to "
-            "the hub with push_to_hub=True; leave them out."
+            f"the hub with push_to_hub=True, where it takes {', '.join(sorted(_FOR_THE_HUB))}; leave them out."
         )
 
+
+_FOR_THE_HUB = {
+    *("repo_id", "token", "private", "tags"),
+    *("commit_message", "commit_description", "revision", "create_pr"),
+}
 
 _ONLY_LAYOUT = {
     "variant": None,
@@ -223,4 +254,10 @@ _HEADS = ("lm_head.", "mtp.", "score.", "qa_outputs.")
 
 
 def _bytes_of(size: int | str) -> int:
-    return size if isinstance(size, int) else int(convert_file_size_to_int(size))
+    try:
+        count = size if isinstance(size, int) else int(convert_file_size_to_int(size))
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise InputError(f'max_shard_size={size!r} is no size; give at least 1 byte, as a number or like "4GB".')
+    return count
