@@ -320,6 +320,45 @@ def test_drafting_for_a_row_that_ends_in_padding_is_refused() -> None:
         model.draft(hidden, tokens, attention_mask=mask)
 
 
+@pytest.mark.parametrize(
+    ("hidden", "tokens"), [((1, 3, 32), (1, 4)), ((2, 3, 32), (1, 3)), ((1, 3, 31), (1, 3)), ((1, 0, 32), (1, 0))]
+)
+def test_states_and_tokens_to_draft_from_that_do_not_belong_together_are_refused(
+    hidden: tuple[int, ...], tokens: tuple[int, ...]
+) -> None:
+    with pytest.raises(InputError, match=r"do not belong together; \(B, S, 32\)"):
+        tiny_model().draft(torch.randn(hidden), torch.zeros(tokens, dtype=torch.long))
+
+
+def test_a_mask_to_draft_with_that_is_no_mask_of_rows_is_refused() -> None:
+    with pytest.raises(InputError, match=r"attention_mask has shape \(3,\)"):
+        tiny_model().draft(torch.randn(1, 3, 32), torch.zeros(1, 3, dtype=torch.long), attention_mask=torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+@pytest.mark.parametrize("shape", [(2, 5), (1, 8), (8,)])
+def test_labels_of_another_shape_than_the_rows_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    tokens = torch.randint(0, 97, (2, 4))
+    with pytest.raises(InputError, match=r"labels have shape .*\(2, 4\)"):
+        tiny_model()(tokens, **{name: torch.zeros(shape, dtype=torch.long)})
+
+
+def test_a_negative_number_of_logits_to_keep_is_refused() -> None:
+    with pytest.raises(InputError, match=r"logits_to_keep=-2 must be 0"):
+        tiny_model()(torch.randint(0, 97, (1, 4)), logits_to_keep=-2)
+
+
+def test_attention_dropout_acts_on_every_chained_step_in_training_mode_only() -> None:
+    model = tiny_model(29, attention_dropout=0.5)
+    layer = model.mtp.layers[0].self_attn
+    inputs = pack_rows((1, 12), torch.device("cpu"))
+    x = torch.randn(12, 32)
+    chain = [layer.project(x, model.model.rotary_emb(x, inputs.positions + step)) for step in range(2)]
+    assert torch.equal(layer.attend_chain(chain, inputs), layer.attend_chain(chain, inputs))
+    model.train()
+    assert not torch.equal(layer.attend_chain(chain, inputs), layer.attend_chain(chain, inputs))
+
+
 def test_every_mtp_parameter_gets_a_gradient_and_moves() -> None:
     model = tiny_model(8, num_experts=4, num_experts_per_tok=2).train()
     tokens = torch.randint(0, 97, (2, 60))

@@ -174,6 +174,16 @@ def test_chained_attention_is_its_definition_step_by_step(steps: int, lengths: l
     assert_same_gradients(run, oracle, inputs, 1e-5)
 
 
+def test_dropout_in_a_chain_changes_the_result_and_keeps_its_mean() -> None:
+    q, *first = random_qkv(9, 9)
+    keys, values = zip(first, random_qkv(0, 9)[1:], strict=True)
+    segments = Segments.from_lengths([6, 3])
+    plain = chained_attention(q, keys, values, segments)
+    dropped = [chained_attention(q, keys, values, segments, 0.3) for _ in range(300)]
+    assert not torch.equal(dropped[0], dropped[1])
+    assert relative_error(torch.stack(dropped).mean(0), plain) < 0.15
+
+
 @pytest.mark.parametrize("lengths", [[4, 4], [1, 1], [3, 0, 6]])
 def test_inputs_stay_and_a_second_run_is_identical(lengths: list[int]) -> None:
     assert_pure(partial(packed, queries=lengths, keys=lengths), random_qkv(sum(lengths), sum(lengths)))

@@ -83,7 +83,8 @@ class GatedAttention(nn.Module):
             mixed = attention(last.q, last.k, last.v, inputs.segments, inputs.segments, self._dropout())
             return self.gate_and_project(mixed, last.gate)
         keys, values = tuple(p.k for p in chain), tuple(p.v for p in chain)
-        return self.gate_and_project(chained_attention(last.q, keys, values, inputs.segments), last.gate)
+        mixed = chained_attention(last.q, keys, values, inputs.segments, self._dropout())
+        return self.gate_and_project(mixed, last.gate)
 
     def _attend_cache(self, q: Tensor, inputs: PackedInputs, cached: CachedKeys) -> Tensor:
         rows = inputs.row_view

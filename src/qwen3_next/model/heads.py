@@ -115,6 +115,10 @@ class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
                 `shift_labels[t]`; and `cu_seq_lens_q` as `Qwen3NextModel.forward` takes it.
             logits_to_keep: compute logits for the last so many positions only (0: for all), or for these indices.
 
+        Raises:
+            InputError: labels of another shape than the rows, or without logits at all positions; a negative
+                `logits_to_keep`; and what `Qwen3NextModel.forward` refuses.
+
         Returns:
             The output with `logits` `[B, kept, V]`, `loss` and its parts where labels were given.
         """
@@ -134,8 +138,7 @@ class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
             return_packed=True,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.lm_head(outputs.last_hidden_state[:, _columns_of(logits_to_keep)])
         run: PackedRun = outputs.packed
         aux_loss = load_balancing_loss_of(run.output.routings) if want_router_logits else None
         targets = self._targets(run.inputs, labels, shift_labels)
@@ -158,11 +161,16 @@ class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
         )
 
     def _targets(self, inputs: PackedInputs, labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | None:
-        if shift_labels is not None:
-            return inputs.row_view.pack(shift_labels)
-        if labels is None:
+        given = labels if shift_labels is None else shift_labels
+        if given is None:
             return None
-        return shift(inputs.row_view.pack(labels), inputs.segments, 1, IGNORED)
+        rows = inputs.row_view
+        if given.shape != (rows.batch, rows.length):
+            raise InputError(
+                f"labels have shape {tuple(given.shape)}; one per token, ({rows.batch}, {rows.length}), is needed."
+            )
+        packed = rows.pack(given)
+        return shift(packed, inputs.segments, 1, IGNORED) if shift_labels is None else packed
 
     def _lm_loss(self, run: PackedRun, logits: Tensor, targets: Tensor, items: int | Tensor | None) -> Tensor:
         rows = run.inputs.row_view
@@ -262,15 +270,10 @@ class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
             k tokens per row, and the cache of the committed tokens.
 
         Raises:
-            InputError: the model has no MTP layer, or k < 1; a row is padded on the right.
+            InputError: the model has no MTP layer, or k < 1; shapes that contradict each other; a row is padded on the
+                right.
         """
-        if self.mtp is None or num_drafts < 1:
-            raise InputError(
-                f"cannot draft {num_drafts} tokens with {self.config.num_nextn_predict_layers} MTP layers; "
-                "use a checkpoint with mtp.* weights and num_drafts >= 1."
-            )
-        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
-            raise InputError("a row ends in padding, where nothing follows; pad the rows to draft for on the left.")
+        self._refuse_to_draft(hidden_states, next_token_ids, num_drafts, attention_mask)
         cache = DynamicCache() if past_key_values is None else past_key_values
         drafts: list[Tensor] = []
         for step in range(num_drafts):
@@ -282,6 +285,21 @@ class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
         if num_drafts > 1:
             cache.crop(1 - num_drafts)
         return Drafts(torch.cat(drafts, dim=1), cache)
+
+    def _refuse_to_draft(self, hidden: Tensor, token_ids: Tensor, num_drafts: int, mask: Tensor | None) -> None:
+        if self.mtp is None or num_drafts < 1:
+            raise InputError(
+                f"cannot draft {num_drafts} tokens with {self.config.num_nextn_predict_layers} MTP layers; "
+                "use a checkpoint with mtp.* weights and num_drafts >= 1."
+            )
+        width = self.config.hidden_size
+        if token_ids.dim() != 2 or not token_ids.shape[1] or hidden.shape != (*token_ids.shape, width):
+            raise InputError(
+                f"hidden_states of shape {tuple(hidden.shape)} and next_token_ids of {tuple(token_ids.shape)} do not "
+                f"belong together; (B, S, {width}) and (B, S) with S >= 1 are needed: the token after each state."
+            )
+        if mask is not None and mask.dim() == 2 and mask.shape[1] and not bool(mask[:, -1].all()):
+            raise InputError("a row ends in padding, where nothing follows; pad the rows to draft for on the left.")
 
     def _draft_step(self, hidden: Tensor, token_ids: Tensor, cache: Cache, attention_mask: Tensor | None) -> Tensor:
         """One call of the MTP layer: padded rows in, padded rows out."""
@@ -299,6 +317,14 @@ class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: object) -> Tensor | None:
         """`generate` asks for masks over pairs of tokens when a cache is static; this model wants the rows' own."""
         return attention_mask
+
+
+def _columns_of(logits_to_keep: int | Tensor) -> slice | Tensor:
+    if isinstance(logits_to_keep, Tensor):
+        return logits_to_keep
+    if logits_to_keep < 0:
+        raise InputError(f"logits_to_keep={logits_to_keep} must be 0 (all positions), a positive count or indices.")
+    return slice(-logits_to_keep, None)
 
 
 def _items(targets: Tensor, items: int | Tensor | None) -> Tensor:

@@ -149,28 +149,32 @@ def chained_attention(
     keys: tuple[Float[Tensor, "T Hkv Dh"], ...],
     values: tuple[Float[Tensor, "T Hkv Dh"], ...],
     segments: Segments,
+    dropout: float = 0.0,
 ) -> Float[Tensor, "T H Dh"]:
     """Attention of the last step of a draft chain that starts at every token at once.
 
     A chain begun at token i sees the committed keys `keys[0]` of tokens j <= i, and of every later step only its own
     key, `keys[s][i]`: what one query of a drafting layer finds in its cache when it drafts step by step.
+
+    Args:
+        dropout: probability that an attention weight is dropped (training only).
     """
     outputs: list[Tensor] = []
     borders = zip(segments.starts, segments.lengths, strict=True)
     for start, length in borders:
         part = slice(start, start + length)
         own = [k[part] for k in keys], [v[part] for v in values]
-        outputs.append(_attend_chain(q[part], *own))
+        outputs.append(_attend_chain(q[part], *own, dropout))
     return torch.cat(outputs) if outputs else torch.zeros_like(q)
 
 
-def _attend_chain(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+def _attend_chain(q: Tensor, keys: list[Tensor], values: list[Tensor], dropout: float) -> Tensor:
     heads, length = q.shape[1], q.shape[0]
     committed = torch.einsum("qhd,shd->hqs", q, _per_query_head(keys[0], heads))
     committed = committed.masked_fill(~causal_mask(length, length, q.device), float("-inf"))
     own = [(q * _per_query_head(k, heads)).sum(-1).transpose(0, 1)[..., None] for k in keys[1:]]
     scores = torch.cat([committed, *own], dim=-1) * q.shape[-1] ** -0.5
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    weights = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype), dropout)
     output = torch.einsum("hqs,shd->qhd", weights[..., :length], _per_query_head(values[0], heads))
     for step, v in enumerate(values[1:]):
         output = output + weights[..., length + step].transpose(0, 1)[..., None] * _per_query_head(v, heads)
