@@ -391,9 +391,9 @@ def test_train_says_where_model_log_and_plot_are_and_the_model_writes(tmp_path: 
 
 
 def test_an_interrupted_training_says_how_to_go_on(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = TrainResult(finished=False, step=7, tokens=700, seconds=1.0, model=tmp_path)
+    result = TrainResult(reason="signal", step=7, tokens=700, seconds=1.0, model=tmp_path)
     monkeypatch.setattr("qwen3_next.train.train", lambda _: result)
-    code, out, _ = run("train", training(tmp_path))
+    code, out, _ = run("train", training(tmp_path, max_seconds=1e-9))
     assert code == 130
     assert "stopped at step 7" in out
     assert "same command" in out
@@ -402,7 +402,7 @@ def test_an_interrupted_training_says_how_to_go_on(tmp_path: Path, run: Any, mon
 def test_a_training_that_used_up_its_time_is_no_failure(
     tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = TrainResult(finished=False, step=7, tokens=700, seconds=1.0, model=tmp_path)
+    result = TrainResult(reason="time limit", step=7, tokens=700, seconds=1.0, model=tmp_path)
     monkeypatch.setattr("qwen3_next.train.train", lambda _: result)
     assert run("train", training(tmp_path, max_seconds=1e-9))[0] == 0
 

@@ -48,7 +48,7 @@ TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest tokens
 TopK = Annotated[int | None, typer.Option(help="Draw from this many likeliest tokens; 0 for all.")]
 MinP = Annotated[float | None, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
 Penalty = Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1 makes used tokens less likely.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed draws the same text.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="The same seed draws the same text.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be given several times.")]
 
 
@@ -145,7 +145,6 @@ def train(
     from qwen3_next.train import train as run
 
     settings = TrainConfig.from_toml(config)
-    started, limit = time.monotonic(), settings.run.max_seconds
     result = run(settings)
     output = Path(settings.run.output)
     console = Console(soft_wrap=True, highlight=False)
@@ -154,7 +153,7 @@ def train(
         console.print(f"{name:5}  {path}")
     if not result.finished:
         console.print("the same command goes on from here")
-        if not limit or time.monotonic() - started < limit:
+        if result.reason == "signal":
             raise typer.Exit(INTERRUPTED)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, whatever fails while they are written."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_a_checkpoint_that_exists_is_not_written_again(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), CheckpointError("no space")])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), CheckpointError("no space (os error 28)")])
 def test_a_failure_while_exporting_leaves_earlier_checkpoints_alone(tmp_path: Path, error: Exception) -> None:
     save(tmp_path, 1)
     before = contents(tmp_path)
@@ -89,6 +90,30 @@ def test_a_failure_at_the_last_moment_leaves_earlier_checkpoints_alone(
         with pytest.raises(StorageError):
             save(tmp_path, 2)
     assert contents(tmp_path) == before
+
+
+def test_the_newest_checkpoint_is_the_highest_number_and_what_only_looks_like_one_is_left_alone(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000):
+        save(tmp_path, step)
+    (tmp_path / "step-backup").mkdir()
+    found = load_latest(tmp_path)
+    assert found is not None
+    assert found.progress.step == 100_000_000
+    save(tmp_path, 100_000_001, keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-100000001", "step-backup"}
+
+
+@pytest.mark.parametrize(
+    ("number", "frees_space"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EFBIG, True), (errno.EACCES, False)]
+)
+def test_only_a_full_disk_asks_for_space(tmp_path: Path, number: int, frees_space: bool) -> None:
+    def refuse(_: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(StorageError) as caught:
+        save(tmp_path, 1, refuse)
+    assert ("free some space" in str(caught.value)) == frees_space
+    assert ("writable" in str(caught.value)) != frees_space
 
 
 def test_a_newest_checkpoint_that_is_damaged_is_named(tmp_path: Path) -> None:

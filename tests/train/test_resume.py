@@ -20,6 +20,7 @@ from tests.train.runs import (
 
 from qwen3_next import ConfigError
 from qwen3_next.train import TrainConfig, train, trainer
+from qwen3_next.train.schedule import lr_factor
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,7 @@ def test_stopped_by_the_clock_after_every_step_and_resumed_equals_uninterrupted(
         result = train(config)
         steps.append(result.step)
         finished = result.finished
+        assert result.reason == ("finished" if finished else "time limit")
     assert steps == [1, 2, 3, 4, 5, 6]
     assert_same_results(Path(config.run.output), uninterrupted)
 
@@ -55,10 +57,19 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_resumes_exactly(
 
         patch.setattr(trainer, "validate", interrupted)
         result = train(config)
-    assert (result.finished, result.step) == (False, 3)
+    assert (result.reason, result.step) == ("signal", 3)
     assert (result.model / "model.safetensors").is_file()
     assert train(config).finished
     assert_same_results(Path(config.run.output), uninterrupted)
+
+
+def test_a_signal_after_the_time_limit_is_still_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return lr_factor(*arguments)
+
+    monkeypatch.setattr(trainer, "lr_factor", interrupted)
+    assert train(TrainConfig.from_dict(settings(tmp_path, run={"max_seconds": 1e-9}))).reason == "signal"
 
 
 def test_killed_at_random_moments_and_resumed_equals_uninterrupted(
@@ -79,6 +90,11 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     run(tmp_path)
     assert results(output)["rows"] == before["rows"]
     assert results(output)["model"] == before["model"]
+
+
+def test_a_schedule_that_ends_before_the_steps_done_is_refused(uninterrupted: Path) -> None:
+    with pytest.raises(ConfigError, match=r"schedule\.steps=5.* has done 6"):
+        run(uninterrupted.parent, schedule={"steps": 5})
 
 
 def test_a_longer_schedule_continues_a_finished_run(tmp_path: Path) -> None:

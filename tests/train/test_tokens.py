@@ -150,7 +150,12 @@ def test_a_changed_file_is_found_by_its_checksum(tmp_path: Path, tokenizer: Any)
         TokenStore.open(path, 4096)
 
 
-@pytest.mark.parametrize("meta", ["", "[]", '{"dtype": "float32"}', "{}"])
+@pytest.mark.parametrize(
+    "meta",
+    ["", "[]", '{"dtype": "float32"}', '{"dtype": ["uint16"]}', "{}"]
+    + [f'{{"dtype": "uint16", "bytes": {size}}}' for size in ('"x"', "null", "-5", "1.5")]
+    + [f'{{"dtype": "uint16", "sha256": {checksums}}}' for checksums in ("5", "null", '{"tokens.bin": 5}')],
+)
 def test_a_broken_description_is_refused(store_path: Path, meta: str) -> None:
     (store_path / "meta.json").write_text(meta)
     with pytest.raises(DataError, match=r"meta\.json"):

@@ -14,7 +14,7 @@ from tests.train.runs import MODEL, VOCABULARY, assert_same_results, results, ru
 
 import qwen3_next
 from qwen3_next import ConfigError, Qwen3NextConfig, Qwen3NextForCausalLM
-from qwen3_next.errors import DataError, DivergedError
+from qwen3_next.errors import BackendError, DataError, DivergedError
 from qwen3_next.train import TrainConfig, train, trainer
 from qwen3_next.train.log import read_rows
 from qwen3_next.train.loss import BatchLoss
@@ -203,6 +203,20 @@ def test_bad_data_stops_before_training(tmp_path: Path) -> None:
 def test_a_device_that_is_not_there_is_refused(tmp_path: Path, device: str) -> None:
     with pytest.raises(ConfigError, match=rf"run\.device='{device}', but 0 CUDA devices"):
         run(tmp_path, run={"device": device})
+
+
+def test_pieces_longer_than_the_context_of_the_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.sequence_length=65.*at most 64"):
+        run(tmp_path, data={"sequence_length": 65, "tokens_per_batch": 65})
+
+
+def test_a_full_device_is_one_error_that_says_what_to_halve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> BatchLoss:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer, "batch_loss", full)
+    with pytest.raises(BackendError, match=r"data\.tokens_per_batch=40; halve it"):
+        run(tmp_path)
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import Tensor
 from qwen3_next.errors import CheckpointError, ConfigError, StorageError
 from qwen3_next.train.config import TrainConfig
 from qwen3_next.train.data import Cursor
+from qwen3_next.train.storage import is_full
 
 _MODEL, _STATE, _NOTES, _PREFIX = "model", "state.safetensors", "state.json", "step-"
 _START = Cursor()
@@ -121,8 +123,9 @@ def storage_errors(target: Path) -> Generator[None]:
     try:
         yield
     except (OSError, SafetensorError, CheckpointError) as error:
+        remedy = "free some space" if is_full(error) else f"make {target} writable, with nothing else in its place,"
         raise StorageError(
-            f"cannot write {target}: {error}. Checkpoints written before are whole; free some space and run the same "
+            f"cannot write {target}: {error}. Checkpoints written before are whole; {remedy} and run the same "
             "command again to continue from the last one."
         ) from error
 
@@ -207,7 +210,8 @@ def set_generator_states(tensors: Mapping[str, Tensor], device: torch.device) ->
 
 
 def _checkpoints(directory: Path) -> list[Path]:
-    return sorted(directory.glob(f"{_PREFIX}*"))
+    found = [path for path in directory.glob(f"{_PREFIX}*") if re.fullmatch(rf"{_PREFIX}\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
 
 
 def _partial(checkpoint: Path) -> Path:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_next.errors import DataError, StorageError
+from qwen3_next.train.storage import is_full
 
 TOKENS, DOCUMENTS, META = "tokens.bin", "documents.bin", "meta.json"
 _BATCH = 256
@@ -57,7 +58,7 @@ class TokenStore:
                 f"{path / TOKENS}: token id {highest} is not below the model's vocab_size {vocab_size}; tokenise with "
                 "the model's own tokenizer."
             )
-        return cls(path, tokens, starts, int(meta.get("bytes", 0)), checksum)
+        return cls(path, tokens, starts, meta.get("bytes", 0), checksum)
 
     @property
     def documents(self) -> int:
@@ -93,7 +94,8 @@ def tokenize_files(
         shutil.rmtree(target, ignore_errors=True)
         partial.replace(target)
     except OSError as error:
-        raise StorageError(f"cannot write the tokenised documents {target}: {error}. Free some space.") from error
+        remedy = "Free some space." if is_full(error) else "Make its directory writable."
+        raise StorageError(f"cannot write the tokenised documents {target}: {error}. {remedy}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -218,10 +220,16 @@ def _read_meta(path: Path) -> dict[str, Any]:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}. Is this a tokenised directory?") from error
-    dtype = cast("dict[str, Any]", meta).get("dtype") if isinstance(meta, dict) else None
+    found = cast("dict[str, Any]", meta) if isinstance(meta, dict) else {}
+    dtype, size, checksums = found.get("dtype"), found.get("bytes", 0), found.get("sha256", {})
     if dtype not in ("uint16", "uint32"):
         raise DataError(f"{path}: dtype={dtype!r}; only uint16 and uint32 are read.")
-    return cast("dict[str, Any]", meta)
+    if type(size) is not int or size < 0:
+        raise DataError(f"{path}: bytes={size!r}; write the bytes of the text, 0 or more, or leave it out.")
+    noted = cast("dict[str, Any]", checksums).values() if isinstance(checksums, dict) else [None]
+    if not all(isinstance(checksum, str) for checksum in noted):
+        raise DataError(f"{path}: sha256={checksums!r}; write a checksum for each file's name, or leave it out.")
+    return found
 
 
 def _map(path: Path, dtype: str) -> NDArray[Any]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from rich.progress import (
@@ -24,7 +24,7 @@ from rich.progress import (
 from torch import nn
 
 from qwen3_next.config import Qwen3NextConfig
-from qwen3_next.errors import ConfigError, DivergedError
+from qwen3_next.errors import BackendError, ConfigError, DivergedError
 from qwen3_next.model import Qwen3NextForCausalLM
 from qwen3_next.train import checkpoint as ckpt
 from qwen3_next.train.config import TrainConfig
@@ -43,16 +43,21 @@ class TrainResult:
     """How a run ended.
 
     Attributes:
-        finished: all steps are done; otherwise it stopped early (time limit, signal) and continues when run again.
+        reason: all steps are done, or it stopped early and continues when run again.
         step, tokens, seconds: done so far, earlier parts of a resumed run included.
         model: directory of the exported model.
     """
 
-    finished: bool
+    reason: Literal["finished", "time limit", "signal"]
     step: int
     tokens: int
     seconds: float
     model: Path
+
+    @property
+    def finished(self) -> bool:
+        """All steps are done."""
+        return self.reason == "finished"
 
 
 def train(config: TrainConfig | Path | str) -> TrainResult:
@@ -64,6 +69,7 @@ def train(config: TrainConfig | Path | str) -> TrainResult:
         config: the settings, or the path of a TOML file with them.
 
     Raises:
+        BackendError: the device has not enough memory.
         ConfigError: a setting cannot be honoured, or differs from those of the run to continue.
         CheckpointError: `model.path` or the newest checkpoint of the run cannot be read.
         DataError: the documents cannot be read.
@@ -71,7 +77,13 @@ def train(config: TrainConfig | Path | str) -> TrainResult:
         StorageError: the disk refused a checkpoint or a log; earlier checkpoints are intact.
     """
     settings = config if isinstance(config, TrainConfig) else TrainConfig.from_toml(config)
-    return _Run(settings).run()
+    try:
+        return _Run(settings).run()
+    except torch.OutOfMemoryError as error:
+        raise BackendError(
+            f"the device's memory is full with data.tokens_per_batch={settings.data.tokens_per_batch}; halve it and "
+            "double run.accumulate in a new run.output, or set run.gradient_checkpointing."
+        ) from error
 
 
 class _Run:
@@ -84,7 +96,9 @@ class _Run:
         saved = ckpt.load_latest(self.checkpoints)
         if saved is not None:
             ckpt.refuse_other_settings(saved.identity.settings, config)
+            _refuse_steps_done(saved.progress.step, config)
         self.model = _model(config, saved)
+        _refuse_beyond_context(self.model.config, config)
         stores, self.validation = open_documents(config.data, self.output / "tokens", self.model.config.vocab_size)
         self.identity = ckpt.Identity(ckpt.same_run_settings(config), [store.checksum for store in stores])
         if saved is not None:
@@ -120,12 +134,12 @@ class _Run:
     def run(self) -> TrainResult:
         with RunLog(self.output, self.progress.step) as log:
             self._introduce(log)
-            self._train(log)
+            reason = self._train(log)
             self._finish()
         p = self.progress
-        return TrainResult(p.step >= self.config.schedule.steps, p.step, p.tokens, p.seconds, self.output / "model")
+        return TrainResult(reason, p.step, p.tokens, p.seconds, self.output / "model")
 
-    def _train(self, log: RunLog) -> None:
+    def _train(self, log: RunLog) -> Literal["finished", "time limit", "signal"]:
         """Step until all steps are done, a signal comes or the time is up."""
         started, earlier = time.monotonic(), self.progress.seconds
         limit = self.config.run.max_seconds or float("inf")
@@ -133,12 +147,16 @@ class _Run:
         try:
             with _stop_signals() as stop, _progress_bar() as bar:
                 task = bar.add_task("training", total=self.config.schedule.steps, figures="")
-                while self.progress.step < self.config.schedule.steps and not stop.is_set():
+                while self.progress.step < self.config.schedule.steps:
                     self._step([next(prefetcher) for _ in range(self.config.run.accumulate)])
                     self.progress = replace(self.progress, seconds=earlier + time.monotonic() - started)
                     self._report(log, bar, task)
-                    if time.monotonic() - started > limit:
-                        break
+                    if self.progress.step < self.config.schedule.steps:
+                        if stop.is_set():
+                            return "signal"
+                        if time.monotonic() - started > limit:
+                            return "time limit"
+                return "finished"
         finally:
             prefetcher.close()
 
@@ -265,6 +283,23 @@ def _model(config: TrainConfig, saved: ckpt.Saved | None) -> Qwen3NextForCausalL
     if config.run.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train()
+
+
+def _refuse_steps_done(done: int, config: TrainConfig) -> None:
+    if config.schedule.steps < done:
+        raise ConfigError(
+            f"schedule.steps={config.schedule.steps}, but the run in {config.run.output} has done {done}; ask for at "
+            "least as many, or choose another run.output."
+        )
+
+
+def _refuse_beyond_context(model: Qwen3NextConfig, config: TrainConfig) -> None:
+    context = model.context_length()
+    if config.data.sequence_length > context:
+        raise ConfigError(
+            f"data.sequence_length={config.data.sequence_length} is beyond the model's context; it must be at most "
+            f"{context}, or max_position_embeddings of the model be larger."
+        )
 
 
 def _weights(config: TrainConfig, model: Qwen3NextConfig) -> LossWeights:
