@@ -451,6 +451,9 @@ def test_what_is_said_to_fit_fits_and_no_more_would(memory: int, weights: Any) -
     ("arguments", "named"),
     [
         (("generate", "x", "--model", "./nowhere"), "nowhere"),
+        (("generate", "x", "--model", ""), "--model is empty"),
+        (("generate", "x", "--seed", "-1"), "--seed"),
+        (("generate", "x", "--seed", str(2**64)), "--seed"),
         (("generate", "x", "--dtype", "int3"), "int3"),
         (("generate", "x", "--device", "abacus"), "abacus"),
         (("generate", "x", "--device", "cuda:99"), "cuda:99"),
@@ -490,6 +493,53 @@ def test_a_checkpoint_that_cannot_be_served_is_one_line(changed: Any, run: Any, 
     code, _, err = run("generate", "x", "--model", changed(file, **change))
     assert (code, err.count("\n")) == (2, 1)
     assert str(next(iter(change.values()))) in err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": "hot"}, {"top_k": 2.5}, {"top_p": [0.9]}, {"do_sample": "no"}, {"eos_token_id": {"a": 1}}],
+    ids=str,
+)
+def test_generation_settings_of_a_wrong_type_are_one_line(changed: Any, run: Any, wrong: dict[str, object]) -> None:
+    code, _, err = run("generate", "x", "--model", changed("generation_config.json", **({"do_sample": True} | wrong)))
+    assert (code, err.count("\n")) == (2, 1)
+    ((name, value),) = wrong.items()
+    assert f"generation_config.json: {name}={value!r}" in err
+
+
+@pytest.mark.parametrize("content", ["{}", "nonsense"])
+def test_a_damaged_tokenizer_is_one_line(changed: Any, run: Any, content: str) -> None:
+    directory = changed("config.json")
+    (directory / "tokenizer.json").write_text(content)
+    code, _, err = run("generate", "x", "--model", directory)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "tokenizer.json" in err
+
+
+@pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('no system prompt') }}", "{{ 1 + 'a' }}"])
+def test_a_chat_template_that_fails_is_one_line(changed: Any, run: Any, type_in: Any, template: str) -> None:
+    type_in("Hello\n")
+    code, _, err = run("chat", "--model", changed("tokenizer_config.json", chat_template=template))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "chat template" in err
+
+
+def test_token_ids_beyond_the_model_are_one_line(tmp_path: Path, run: Any) -> None:
+    Qwen3NextForCausalLM(tiny_config(vocab_size=200)).save_pretrained(tmp_path)
+    shutil.copy(ASSETS / "tokenizer.json", tmp_path)
+    code, _, err = run("generate", PROMPT, "--model", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "vocab_size 200" in err
+
+
+def test_a_full_device_is_one_line(checkpoint: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(BareCausalLM, "forward", full)
+    code, _, err = run("generate", PROMPT, "--model", checkpoint)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "do not fit the memory of" in err
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])

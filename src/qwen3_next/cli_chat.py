@@ -22,7 +22,7 @@ class Conversation:
     can be continued.
 
     Raises:
-        CheckpointError: the tokenizer has no chat template, or one that leaves answers out.
+        CheckpointError: the tokenizer has no chat template, or one that is broken, refuses or leaves answers out.
     """
 
     def __init__(self, loaded: "LoadedModel", sampling: Sampling, seed: int | None, system: str | None) -> None:
@@ -66,4 +66,9 @@ class Conversation:
         return rendered.partition(_ANSWER)[2]
 
     def _render(self, messages: list[dict[str, str]]) -> str:
-        return str(self.renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        try:
+            return str(self.renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template is a program: it may be no Jinja, or raise whatever it likes
+            raise CheckpointError(
+                f"the model's chat template cannot render the turns ({error}); correct it, or use `generate`."
+            ) from error

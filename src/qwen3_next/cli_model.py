@@ -21,6 +21,13 @@ SHIPPED = Path(__file__).parent / "assets"
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
+_GENERATION_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "do_sample": ((bool,), "true or false"),
+    "eos_token_id": ((int,), "a token id or a list of them"),
+    "top_k": ((int,), "a whole number"),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), ((int, float), "a number")),
+}
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _DESCRIPTION = ["*.json", "*.jinja"]
 _EVERYTHING = [*_DESCRIPTION, "*.safetensors"]
@@ -59,9 +66,12 @@ def find_model(name: str | None, *, weights: bool = True) -> Path:
 
     Raises:
         CheckpointError: there is no such directory and no such repository, or no way to the hub.
+        InputError: an empty name.
     """
     if name is None:
         return SHIPPED
+    if not name:
+        raise InputError("--model is empty; give a directory or a hub id, or leave it out for the model in the box.")
     if (path := Path(name).expanduser()).is_dir():
         return path
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
@@ -107,25 +117,20 @@ def load_model(directory: Path, dtype_name: str, device_name: str) -> LoadedMode
         CheckpointError, ConfigError: the checkpoint is missing, incomplete or not of this architecture.
     """
     import torch
-    from tokenizers import Tokenizer
 
     from qwen3_next.model.bare import BareCausalLM
 
     device = choose_device(device_name)
     config = read_config(directory)
     dtype = choose_dtype(dtype_name, config, device)
-    tokenizer_file = directory / "tokenizer.json"
-    if not tokenizer_file.is_file():
-        raise CheckpointError(f"{directory} holds no tokenizer.json; copy the model's tokenizer files there.")
-    generation_file = directory / "generation_config.json"
+    tokenizer, generation = _tokenizer(directory), _generation(directory / "generation_config.json")
+    chat_template = _chat_template(directory)
     try:
         model = BareCausalLM.from_directory(directory, config, dtype, device)
     except (torch.OutOfMemoryError, MemoryError) as error:
         size = config.weight_bytes(dtype) / 2**30
         raise BackendError(f"{size:.1f} GiB of weights do not fit {device}; see `qwen3-next info`.") from error
-    generation = _read_json(generation_file) if generation_file.is_file() else {}
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    return LoadedModel(model, config, tokenizer, generation, _chat_template(directory), device)
+    return LoadedModel(model, config, tokenizer, generation, chat_template, device)
 
 
 def choose_device(name: str) -> "torch.device":
@@ -177,10 +182,36 @@ def _ram_bytes() -> int:
     return next(memories()).bytes
 
 
+def _tokenizer(directory: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError(f"{directory} holds no tokenizer.json; copy the model's tokenizer files there.")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{file} is no tokenizer ({error}); download it again.") from error
+
+
+def _generation(file: Path) -> dict[str, Any]:
+    """What a generation_config.json says, with the types that choosing a token needs; empty where there is none."""
+    found = _read_json(file) if file.is_file() else {}
+    for name, (types, allowed) in _GENERATION_TYPES.items():
+        values = cast("list[Any]", found[name]) if isinstance(found.get(name), list) else [found.get(name)]
+        is_one = name == "eos_token_id" or not isinstance(found.get(name), list)
+        if not is_one or not all(value is None or type(value) in types for value in values):
+            raise CheckpointError(f"{file}: {name}={found[name]!r} must be {allowed}; correct it or leave it out.")
+    return found
+
+
 def _chat_template(directory: Path) -> str | None:
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be read ({error}); download it again.") from error
     settings = directory / "tokenizer_config.json"
     return _read_json(settings).get("chat_template") if settings.is_file() else None
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwen3_next.errors import InputError
+from qwen3_next.errors import BackendError, CheckpointError, InputError
 from qwen3_next.model.bare import SequenceCache
 from qwen3_next.ops.sampling import Sampling, sample
 
@@ -97,6 +97,7 @@ class Writer:
         """Append text; the model reads it with the next `write`.
 
         Raises:
+            CheckpointError: the tokenizer's ids are not below the model's vocab_size.
             InputError: nothing to read, text that is not Unicode, or no room for an answer in the context.
         """
         try:
@@ -106,6 +107,11 @@ class Writer:
         added = self.loaded.tokenizer.encode(text, add_special_tokens=False).ids
         if not added:
             raise InputError("the prompt is empty; the model needs at least one token to continue.")
+        if max(added) >= (vocab_size := self.loaded.config.vocab_size):
+            raise CheckpointError(
+                f"the tokenizer gives the id {max(added)}, which is not below the model's vocab_size {vocab_size}; put "
+                "the model's own tokenizer.json into its directory."
+            )
         total = len(self.token_ids) + len(added)
         if total >= self.context:
             raise InputError(
@@ -121,7 +127,11 @@ class Writer:
             self.token_ids.pop()
 
     def write(self, max_tokens: int, stops: Sequence[str] = ()) -> Iterator[str]:
-        """Yield the text that follows in whole characters, up to an end token, a stop string or the context's end."""
+        """Yield the text that follows in whole characters, up to an end token, a stop string or the context's end.
+
+        Raises:
+            BackendError: the device has not enough memory.
+        """
         characters, held = Characters(self.loaded.tokenizer), StopStrings(stops)
         for token in self._tokens(max_tokens):
             if text := held.push(characters.push(token)):
@@ -142,11 +152,17 @@ class Writer:
             yield token
 
     def _next_token(self) -> int:
-        unread = torch.tensor(self.token_ids[self.cache.length :], device=self.loaded.device)
-        logits = self.loaded.model(unread, self.cache)
-        # The rows of the head beyond the tokenizer only fill it up to a round size.
-        known = logits[: self.loaded.tokenizer.get_vocab_size()]
-        return sample(known, self.token_ids, self.sampling, self.generator)
+        try:
+            unread = torch.tensor(self.token_ids[self.cache.length :], device=self.loaded.device)
+            logits = self.loaded.model(unread, self.cache)
+            # The rows of the head beyond the tokenizer only fill it up to a round size.
+            known = logits[: self.loaded.tokenizer.get_vocab_size()]
+            return sample(known, self.token_ids, self.sampling, self.generator)
+        except torch.OutOfMemoryError as error:
+            raise BackendError(
+                f"{len(self.token_ids)} tokens do not fit the memory of {self.loaded.device} beside the weights; "
+                "shorten the text, or use --device cpu."
+            ) from error
 
 
 class Characters:

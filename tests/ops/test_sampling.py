@@ -110,6 +110,13 @@ def test_a_generator_of_the_same_seed_draws_the_same_tokens() -> None:
     assert first == second
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-300])
+def test_the_lowest_temperatures_take_the_likeliest_token(temperature: float) -> None:
+    logits = random_logits()
+    sampling = Sampling(temperature=temperature)
+    assert torch.equal(distribution(logits, sampling), torch.eye(logits.shape[-1])[logits.argmax(dim=-1)])
+
+
 def test_what_must_not_come_never_comes() -> None:
     logits = torch.full((VOCABULARY,), -torch.inf)
     logits[[3, 9]] = torch.randn(2)

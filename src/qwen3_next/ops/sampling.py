@@ -75,7 +75,9 @@ def penalize_repetition(logits: Float[Tensor, "V"], seen: Int[Tensor, "T"], pena
 
 def distribution(logits: Float[Tensor, "*B V"], sampling: Sampling) -> Float[Tensor, "*B V"]:
     """The probabilities to draw from, for a temperature above 0."""
-    logits = logits.float() / sampling.temperature
+    logits = logits.float()
+    # The likeliest token first comes to 0, which no temperature, however low, divides into infinity.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(sampling.temperature, torch.finfo(logits.dtype).tiny)
     if sampling.top_k:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:
