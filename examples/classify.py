@@ -21,7 +21,7 @@ model = qwen3_next.Qwen3NextForSequenceClassification.from_pretrained(name, dtyp
 batch = tokenizer([text for texts in TEXTS.values() for text in texts], return_tensors="pt", padding=True)
 targets = torch.arange(len(TEXTS)).repeat_interleave(4)
 model.model.requires_grad_(False)  # the network stays as it is; only the new head learns
-optimizer = torch.optim.AdamW(model.score.parameters(), lr=0.05)
+optimizer = torch.optim.AdamW(model.score.parameters(), lr=0.002)
 for step in range(12):
     loss = model(**batch, labels=targets).loss
     loss.backward()

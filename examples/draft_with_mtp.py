@@ -34,7 +34,7 @@ while written.shape[1] < NEW:
     written, newest = torch.cat([written, chosen], dim=1), chosen[:, -1:]
 
 model.generation_config.eos_token_id = None  # the loop above does not stop there either
-plain = model.generate(prompt, do_sample=False, max_new_tokens=NEW)
+plain = model.generate(prompt, do_sample=False, repetition_penalty=1.0, max_new_tokens=NEW)
 assert plain[0, prompt.shape[1] :].tolist() == written[0, :NEW].tolist(), "drafting must not change the text"
 print(tokenizer.decode(written[0, :NEW]))
 print(f"{accepted} of {tried} drafts accepted: {written.shape[1] / (tried + 1):.2f} tokens per call of the model")

@@ -21,9 +21,9 @@ NAMES = ["classify", "draft_with_mtp", "fine_tune_lora", "generate_text", "train
 RUNNER = """
 import contextlib, io, json, runpy, sys, traceback
 
-outputs = {}
-for path in sys.argv[2:]:
-    sys.argv[1:] = [sys.argv[1]] if sys.argv[1] else []
+model, paths, outputs = sys.argv[1], sys.argv[2:], {}
+for path in paths:
+    sys.argv[1:] = [model] if model else []
     written = io.StringIO()
     with contextlib.redirect_stdout(written):
         try:

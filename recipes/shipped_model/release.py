@@ -52,7 +52,7 @@ def card(folder: Path) -> str:
         "config": config,
         "sampling": SHIPPED,
         "training": training_figures(log, machine),
-        "losses": loss_table(evaluation["validation"], ngram["parts"]),
+        "losses": loss_table(log, ngram["parts"]),
         "acceptance": acceptance_table(evaluation),
         "samples": sample_table(evaluation["samples"]),
         "data": data_table(summary),
@@ -75,12 +75,14 @@ def training_figures(log: list[dict[str, Any]], machine: dict[str, Any]) -> dict
     }
 
 
-def loss_table(parts: dict[str, Any], ngrams: dict[str, Any]) -> str:
-    """Validation losses beside those of the 5-gram model."""
+def loss_table(log: list[dict[str, Any]], ngrams: dict[str, Any]) -> str:
+    """The last validation losses of the run, over all held-out text, beside those of the 5-gram model."""
+    last = [row for row in log if any(key.startswith("validation/") for key in row)][-1]
     rows = [
-        f"| {name} | {part['tokens']:,} | {part['nats_per_token'][0]:.3f} | {part['lm_nats_per_byte']:.3f} "
-        f"| {ngrams[name]['nats_per_byte']:.3f} | {part['nats_per_token'][1]:.3f} |"
-        for name, part in parts.items()
+        f"| {name} | {part['tokens']:,} | {last[f'validation/{name}/lm']:.3f} "
+        f"| {last[f'validation/{name}/lm_per_byte']:.3f} | {part['nats_per_byte']:.3f} "
+        f"| {last[f'validation/{name}/mtp_1']:.3f} |"
+        for name, part in ngrams.items()
     ]
     head = "| part | tokens | nats per token | nats per byte | 5-gram, nats per byte | MTP, nats per token |"
     return "\n".join([head, "|---|---:|---:|---:|---:|---:|", *rows])

@@ -105,12 +105,10 @@ class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
         Args:
             labels: `[B, S]`; position t is trained to predict `labels[t + 1]` inside its document, -100 is ignored.
                 Padding neither predicts nor is predicted, whatever its label.
-            num_items_in_batch: next-token targets of the whole accumulation window (what a trainer passes when it
-                accumulates gradients). `lm_loss` is divided by it instead of by this batch's own count, and
-                `mtp_loss` and the auxiliary loss, means over this batch, count with its share of those targets. The
-                batches' `lm_loss` then sum to that of one large batch exactly; `mtp_loss` does where each batch has
-                as many MTP targets per next-token target, as with documents of one length, and the auxiliary loss
-                nearly.
+            num_items_in_batch: next-token targets of the whole accumulation window (what a trainer passes), which the
+                sums of this batch, those of the MTP steps too, are divided by instead of by their own counts: however
+                the window is cut into batches, its losses sum to the same. An MTP step has fewer targets than that
+                (it looks past the end of each document earlier), so it counts that much less than in a plain mean.
             kwargs: `shift_labels` `[B, S]`, labels already shifted: position t is trained to predict
                 `shift_labels[t]`; and `cu_seq_lens_q` as `Qwen3NextModel.forward` takes it.
             logits_to_keep: compute logits for the last so many positions only (0: for all), or for these indices.
@@ -145,8 +143,8 @@ class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
         lm_loss = mtp_loss = loss = None
         if targets is not None:
             lm_loss = self._lm_loss(run, logits, targets, num_items_in_batch)
-            share = _items(targets, None) / _items(targets, num_items_in_batch)
-            mtp_loss = self._mtp_loss(run, targets, share) if self.training else None
+            mtp_loss = self._mtp_loss(run, targets, num_items_in_batch) if self.training else None
+            share = 1 if num_items_in_batch is None else _items(targets, None) / _items(targets, num_items_in_batch)
             loss = self._total(lm_loss, mtp_loss, aux_loss, share)
         return Qwen3NextCausalLMOutput(
             loss=loss,
@@ -180,22 +178,22 @@ class Qwen3NextForCausalLM(Qwen3NextPreTrainedModel, GenerationMixin):
         summed = F.cross_entropy(rows.pack(logits).float(), targets, ignore_index=IGNORED, reduction="sum")
         return summed / _items(targets, items)
 
-    def _mtp_loss(self, run: PackedRun, targets: Tensor, share: Tensor) -> Tensor | None:
-        """Each step's mean over its own targets: a document has fewer of them the further a step looks ahead."""
+    def _mtp_loss(self, run: PackedRun, targets: Tensor, items: int | Tensor | None) -> Tensor | None:
         if self.mtp is None:
             return None
         losses, step_targets, _ = self._mtp_losses(run, targets)
-        means = [loss.sum() / _items(t, None).to(loss.device) for loss, t in zip(losses, step_targets, strict=True)]
-        mean = torch.stack(means).mean()
-        return share.to(mean.device) * mean
+        means = [loss.sum() / _items(t, items) for loss, t in zip(losses, step_targets, strict=True)]
+        return torch.stack(means).mean()
 
-    def _total(self, lm_loss: Tensor, mtp_loss: Tensor | None, aux_loss: Tensor | None, share: Tensor) -> Tensor:
-        """`share` is this batch's part of its accumulation window; the other losses hold theirs already."""
+    def _total(
+        self, lm_loss: Tensor, mtp_loss: Tensor | None, aux_loss: Tensor | None, share: float | Tensor
+    ) -> Tensor:
+        """`share` is this batch's part of its accumulation window; the other losses were divided by all of it."""
         total = lm_loss
         if mtp_loss is not None:
             total = total + self.config.mtp_loss_weight * mtp_loss.to(total.device)
         if aux_loss is not None:
-            total = total + self.config.router_aux_loss_coef * share.to(total.device) * aux_loss.to(total.device)
+            total = total + self.config.router_aux_loss_coef * share * aux_loss.to(total.device)
         return total
 
     def packed_losses(self, inputs: PackedInputs, targets: Int[Tensor, "T"]) -> PackedLosses:
@@ -327,10 +325,10 @@ def _columns_of(logits_to_keep: int | Tensor) -> slice | Tensor:
     return slice(-logits_to_keep, None)
 
 
-def _items(targets: Tensor, items: int | Tensor | None) -> Tensor:
+def _items(targets: Tensor, items: int | Tensor | None) -> int | Tensor:
     if items is None:
         return (targets != IGNORED).sum().clamp_min(1)
-    return torch.as_tensor(items, device=targets.device)
+    return items.to(targets.device) if isinstance(items, Tensor) else items
 
 
 def _label_count(config: Qwen3NextConfig) -> int:
