@@ -1,8 +1,8 @@
 """What a run says, and what is left of it when the run goes on from an earlier step."""
 
 import json
-import time
 import resource
+import time
 from pathlib import Path
 
 import pytest
