@@ -5,6 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+TOLERANCES: dict[tuple[str, str], tuple[float, float]] = {
+    # (operation, dtype of the inputs): largest relative error of the outputs, of the gradients, against fp32 or fp64
+}
+"""What a twin may differ from its definition by, as `|result - expected| / |expected|`."""
+
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
     """`|result - expected| / |expected|`; NaN where anything is NaN, which is never small."""

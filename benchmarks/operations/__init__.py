@@ -1,0 +1,1 @@
+"""The cases of benchmarks/ops.py, one file per family of operations."""
