@@ -10,20 +10,23 @@ from qwen3_next.ops.backend import use
 from qwen3_next.ops.causal_conv import causal_conv
 from qwen3_next.ops.cross_entropy import linear_cross_entropy
 from qwen3_next.ops.experts import Routing, route, swiglu_experts
-from qwen3_next.ops.gated_delta import gated_delta_rule, gated_delta_rule_recurrent
+from qwen3_next.ops.gated_delta import gated_delta_rule, gated_delta_rule_, gated_delta_rule_recurrent
 from qwen3_next.ops.norm import gated_rms_norm, rms_norm
 from qwen3_next.ops.quant import dequantize_block_fp8
 from qwen3_next.ops.rotary import apply_rotary
 from qwen3_next.ops.segments import Segments
+from qwen3_next.ops.snapshots import Snapshots
 
 __all__ = [
     "Routing",
     "Segments",
+    "Snapshots",
     "apply_rotary",
     "attention",
     "causal_conv",
     "dequantize_block_fp8",
     "gated_delta_rule",
+    "gated_delta_rule_",
     "gated_delta_rule_recurrent",
     "gated_rms_norm",
     "linear_cross_entropy",

@@ -3,17 +3,19 @@
 docs/gated_delta_rule.md derives the second from the first, in the names used here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from qwen3_next.ops.backend import accelerated
 from qwen3_next.ops.chunks import Chunks
 from qwen3_next.ops.segments import Segments
+from qwen3_next.ops.snapshots import Snapshots
 
 CHUNK_SIZE = 64
 """Tokens whose mutual corrections are solved as one triangular system (the choice of the published model)."""
@@ -63,6 +65,7 @@ def gated_delta_rule_recurrent(
     return GatedDeltaOutput(output, torch.stack(states) if states else args.state.clone())
 
 
+@accelerated("gated_delta_triton")
 def gated_delta_rule(
     q: Float[Tensor, "T Hk Dk"],
     k: Float[Tensor, "T Hk Dk"],
@@ -95,6 +98,68 @@ def gated_delta_rule(
     else:
         output, state = _chunked(args, Chunks.of(segments, min(CHUNK_SIZE, segments.max_length)))
     return GatedDeltaOutput(output.to(v.dtype), state)
+
+
+@accelerated("gated_delta_triton")
+@torch.no_grad()
+def gated_delta_rule_(
+    q: Float[Tensor, "T Hk Dk"],
+    k: Float[Tensor, "T Hk Dk"],
+    v: Float[Tensor, "T Hv Dv"],
+    log_decay: Float[Tensor, "T Hv"],
+    beta: Float[Tensor, "T Hv"],
+    segments: Segments,
+    states: Float[Tensor, "M Hv Dk Dv"],
+    slots: Int[Tensor, "N"],
+    snapshots: Snapshots | None = None,
+) -> Float[Tensor, "T Hv Dv"]:
+    """`gated_delta_rule` on states that live in slots: sequence n reads `states[slots[n]]` and leaves its own there.
+
+    A sequence without tokens leaves its slot alone. Has no gradient.
+
+    Args:
+        slots: the slots of sequences that have tokens are distinct.
+        snapshots: states in the middle of the call, copied into further slots.
+
+    Returns:
+        The output of each token, in `v.dtype`.
+    """
+    if snapshots is None:
+        output, current = gated_delta_rule(q, k, v, log_decay, beta, segments, states[slots])
+    else:
+        output, current = torch.empty_like(v), states[slots]
+        for turn in _turns(segments, snapshots):
+            rows = torch.tensor([t for piece in turn for t in piece.tokens], dtype=torch.long, device=v.device)
+            pieces = Segments.from_lengths([len(piece.tokens) for piece in turn], v.device)
+            parts = (q[rows], k[rows], v[rows], log_decay[rows], beta[rows])
+            output[rows], current = gated_delta_rule(*parts, pieces, current)
+            for n, piece in enumerate(turn):
+                if piece.snapshot is not None:
+                    states[snapshots.slots[piece.snapshot]] = current[n].to(states.dtype)
+    busy = torch.tensor([n for n, length in enumerate(segments.lengths) if length], dtype=torch.long, device=v.device)
+    states[slots[busy]] = current[busy].to(states.dtype)
+    return output
+
+
+class _Piece(NamedTuple):
+    """Tokens of one sequence, and the index of the snapshot that is taken after them."""
+
+    tokens: range
+    snapshot: int | None
+
+
+def _turns(segments: Segments, snapshots: Snapshots) -> Iterator[list[_Piece]]:
+    """In each turn every sequence goes on to its next snapshot, at last to its end, then nowhere."""
+    taken = snapshots.by_sequence(segments)
+    positions = list(segments.starts)
+    for turn in range(max(map(len, taken), default=0) + 1):
+        pieces: list[_Piece] = []
+        for n, (start, length) in enumerate(zip(segments.starts, segments.lengths, strict=True)):
+            snapshot = taken[n][turn] if turn < len(taken[n]) else None
+            stop = start + length if snapshot is None else snapshots.positions[snapshot]
+            pieces.append(_Piece(range(positions[n], stop), snapshot))
+            positions[n] = stop
+        yield pieces
 
 
 @dataclass(frozen=True, eq=False)

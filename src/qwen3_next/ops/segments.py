@@ -29,7 +29,7 @@ class Segments:
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> "Segments":
         """Borders of sequences with these lengths, in this order."""
         borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        return cls(_to_device(borders, device), tuple(lengths))
+        return cls(to_device(borders, device), tuple(lengths))
 
     @classmethod
     def uniform(cls, count: int, length: int, device: torch.device | str | None = None) -> "Segments":
@@ -79,8 +79,50 @@ class Segments:
         """The index of each token inside its sequence."""
         return torch.arange(self.total, device=self.device) - self.cu_seqlens[:-1].long()[self.sequence_ids]
 
+    @cached_property
+    def parts(self) -> "dict[int, Parts]":
+        """What `cut` has found, by size."""
+        return {}
 
-def _to_device(values: Tensor, device: torch.device | str | None) -> Tensor:
+    def cut(self, size: int) -> "Parts":
+        """The sequences in parts of `size` tokens, found once per size."""
+        if size not in self.parts:
+            self.parts[size] = Parts.of(self, size)
+        return self.parts[size]
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Sequences cut into parts of one size; a part never holds tokens of two sequences.
+
+    Attributes:
+        size: tokens of a part; the last part of a sequence may have fewer.
+        count: G, the number of parts.
+        first: `[N+1]` int32: the parts `first[n]:first[n+1]` are those of sequence n.
+        sequences: `[G]` int32: the sequence of each part.
+        cu_seqlens: `[N+1]` int32, the borders of the sequences.
+
+    Part g holds the tokens from `cu_seqlens[n] + size * (g - first[n])` on, with n = `sequences[g]`.
+    """
+
+    size: int
+    count: int
+    first: Int[Tensor, "N+1"]
+    sequences: Int[Tensor, "G"]
+    cu_seqlens: Int[Tensor, "N+1"]
+
+    @classmethod
+    def of(cls, segments: Segments, size: int) -> "Parts":
+        """Cut on the device, without waiting for it. A sequence without tokens has no part."""
+        count = sum(-(-length // size) for length in segments.lengths)
+        counts = (segments.cu_seqlens.diff() + (size - 1)) // size
+        first = torch.zeros_like(segments.cu_seqlens)
+        torch.cumsum(counts, 0, dtype=torch.int32, out=first[1:])
+        ids = torch.arange(segments.count, device=segments.device, dtype=torch.int32)
+        return cls(size, count, first, ids.repeat_interleave(counts.long(), output_size=count), segments.cu_seqlens)
+
+
+def to_device(values: Tensor, device: torch.device | str | None) -> Tensor:
     """Copy host values without making the host wait for the device."""
     if device is None or torch.device(device).type != "cuda":
         return values.to(device)
