@@ -10,18 +10,17 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from qwen3_next.ops.segments import Parts
-
+from qwen3_next.ops.segments import Segments
 
 CHUNK = 64
-"""Tokens of a chunk: `chunks` is `segments.cut(CHUNK)` everywhere below."""
+"""Tokens of a chunk; `segments.cut(CHUNK)` says where each chunk stands."""
 
 
 class ChunkSystems(NamedTuple):
     """What the chunks of each value head are, independently of any state.
 
     Attributes:
-        inverse: T = (I + tril(beta_i e^(sums_i - sums_j) k_i k_j, -1))^-1 with k normalised; beta is not in its columns.
+        inverse: T = (I + tril(beta_i e^(sums_i - sums_j) k_i k_j, -1))^-1 with k normalised, beta not in its columns.
         attention: P = tril(e^(sums_i - sums_j) q_i k_j) with q and k normalised and q divided by sqrt(Dk).
         sums: of log_decay from the first token of the chunk up to and with this token; fp64.
         rstd_q: 1 / sqrt(|q|^2 + 1e-6) / sqrt(Dk).
@@ -56,7 +55,7 @@ def solve_chunks(
     k: Float[Tensor, "T Hk Dk"],
     log_decay: Float[Tensor, "T Hv"],
     beta: Float[Tensor, "T Hv"],
-    chunks: Parts,
+    segments: Segments,
 ) -> ChunkSystems:
     """Solve the triangular system of every chunk; matrices in the dtype of q."""
     raise NotImplementedError
@@ -68,7 +67,7 @@ def scan_chunks(
     v: Float[Tensor, "T Hv Dv"],
     beta: Float[Tensor, "T Hv"],
     systems: ChunkSystems,
-    chunks: Parts,
+    segments: Segments,
     initial_state: Float[Tensor, "N Hv Dk Dv"] | None,
     *,
     store_states: bool = False,
