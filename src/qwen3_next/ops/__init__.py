@@ -7,10 +7,11 @@ K experts per token, F expert width, V vocabulary, B rows and S columns of a pad
 
 from qwen3_next.ops.attention import attention
 from qwen3_next.ops.backend import use
-from qwen3_next.ops.causal_conv import causal_conv
+from qwen3_next.ops.causal_conv import ProjectionColumns, causal_conv, causal_conv_
 from qwen3_next.ops.cross_entropy import linear_cross_entropy
 from qwen3_next.ops.experts import Routing, route, swiglu_experts
 from qwen3_next.ops.gated_delta import gated_delta_rule, gated_delta_rule_, gated_delta_rule_recurrent
+from qwen3_next.ops.gated_delta_step import StepState, StepWeights, delta_net_step_
 from qwen3_next.ops.norm import gated_rms_norm, rms_norm
 from qwen3_next.ops.quant import dequantize_block_fp8
 from qwen3_next.ops.rotary import apply_rotary
@@ -18,12 +19,17 @@ from qwen3_next.ops.segments import Segments
 from qwen3_next.ops.snapshots import Snapshots
 
 __all__ = [
+    "ProjectionColumns",
     "Routing",
     "Segments",
     "Snapshots",
+    "StepState",
+    "StepWeights",
     "apply_rotary",
     "attention",
     "causal_conv",
+    "causal_conv_",
+    "delta_net_step_",
     "dequantize_block_fp8",
     "gated_delta_rule",
     "gated_delta_rule_",

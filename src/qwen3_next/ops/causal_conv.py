@@ -1,5 +1,6 @@
 """The short causal convolution in front of the gated delta rule."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,53 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from qwen3_next.ops.backend import accelerated
 from qwen3_next.ops.segments import Segments
+from qwen3_next.ops.snapshots import Snapshots
+
+
+@dataclass(frozen=True)
+class ProjectionColumns:
+    """Where q, k, v and the output gate z stand in projected rows that are grouped by key head.
+
+    A row holds `key_heads` groups, each `[q | k | v of its value heads | z of them]`: P columns in all. The C channels
+    of the convolution are `[all q | all k | all v]`.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_width: int
+    value_width: int
+
+    @property
+    def values(self) -> int:
+        """Columns of v in a group, and of z."""
+        return self.value_heads // self.key_heads * self.value_width
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.key_heads * (2 * self.key_width + self.values)
+
+    def gather(self, x: Float[Tensor, "T P"]) -> Float[Tensor, "T C"]:
+        """The channels, copied out of the rows."""
+        q, k, v, _ = self._split(x)
+        return torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], dim=-1)
+
+    def gate(self, x: Float[Tensor, "T P"]) -> Float[Tensor, "T Hk R Dv"]:
+        """z, as a view; R value heads share a key head."""
+        return self._split(x)[-1].unflatten(-1, (-1, self.value_width))
+
+    def heads(self, qkv: Float[Tensor, "T C"]) -> tuple[Tensor, Tensor, Tensor]:
+        """q `[T Hk Dk]`, k `[T Hk Dk]` and v `[T Hv Dv]`, as views of the channels."""
+        keys = self.key_heads * self.key_width
+        q, k, v = qkv.split([keys, keys, self.value_heads * self.value_width], dim=-1)
+        q, k = (x.unflatten(-1, (self.key_heads, self.key_width)) for x in (q, k))
+        return q, k, v.unflatten(-1, (self.value_heads, self.value_width))
+
+    def _split(self, x: Tensor) -> tuple[Tensor, ...]:
+        sizes = [self.key_width, self.key_width, self.values, self.values]
+        return x.unflatten(-1, (self.key_heads, sum(sizes))).split(sizes, dim=-1)
 
 
 class ConvOutput(NamedTuple):
@@ -17,11 +64,13 @@ class ConvOutput(NamedTuple):
     final_state: Float[Tensor, "N C W-1"]
 
 
+@accelerated("causal_conv_triton")
 def causal_conv(
-    x: Float[Tensor, "T C"],
+    x: Float[Tensor, "T _"],
     weight: Float[Tensor, "C W"],
     segments: Segments,
     initial_state: Float[Tensor, "N C W-1"] | None = None,
+    columns: ProjectionColumns | None = None,
 ) -> ConvOutput:
     """`silu(sum_w weight[:, w] x_{t - (W-1) + w})`: each channel sees its own last W inputs, of its own sequence only.
 
@@ -30,11 +79,14 @@ def causal_conv(
 
     Args:
         initial_state: the W-1 inputs before the first token of each sequence, oldest first; None means zeros.
+        columns: where the channels stand in `x`, which then is the whole projection `[T, P]`; None where `x` holds
+            just the channels. `output` is `[T, C]` in either case.
 
     Returns:
         `final_state` holds the last W-1 inputs of each sequence in `x.dtype`. A sequence with fewer new tokens than
         that keeps the newest entries of its initial state in front of them; one without new tokens keeps its state.
     """
+    x = x if columns is None else columns.gather(x)
     history = weight.shape[1] - 1
     if initial_state is None:
         initial_state = x.new_zeros(segments.count, x.shape[1], history)
@@ -46,6 +98,46 @@ def causal_conv(
     if segments.is_uniform:
         return _equal_lengths(x, weight, segments, initial_state)
     return _any_lengths(x, weight, segments, initial_state)
+
+
+@accelerated("causal_conv_triton")
+@torch.no_grad()
+def causal_conv_(
+    x: Float[Tensor, "T _"],
+    weight: Float[Tensor, "C W"],
+    segments: Segments,
+    states: Float[Tensor, "M C W-1"],
+    slots: Int[Tensor, "N"],
+    columns: ProjectionColumns | None = None,
+    snapshots: Snapshots | None = None,
+) -> Float[Tensor, "T C"]:
+    """`causal_conv` on states that live in slots: sequence n reads `states[slots[n]]` and leaves its own there.
+
+    A sequence without tokens leaves its slot alone. Has no gradient.
+
+    Args:
+        slots: the slots of sequences that have tokens are distinct.
+        snapshots: states in the middle of the call, copied into further slots.
+
+    Returns:
+        The convolved tokens.
+    """
+    x = x if columns is None else columns.gather(x)
+    before = states[slots]
+    output, after = causal_conv(x, weight, segments, before)
+    if snapshots is not None:
+        _copy_windows(x, before, segments, states, snapshots)
+    busy = torch.tensor([n for n, length in enumerate(segments.lengths) if length], dtype=torch.long, device=x.device)
+    states[slots[busy]] = after[busy].to(states.dtype)
+    return output
+
+
+def _copy_windows(x: Tensor, before: Tensor, segments: Segments, states: Tensor, snapshots: Snapshots) -> None:
+    for start, state, taken in zip(segments.starts, before, snapshots.by_sequence(segments), strict=True):
+        for i in taken:
+            tokens = x[start : max(start, snapshots.positions[i])]
+            seen = torch.cat([state, tokens.T.to(state.dtype)], dim=1)
+            states[snapshots.slots[i]] = seen[:, seen.shape[1] - state.shape[1] :]
 
 
 def _one_token_each(x: Tensor, weight: Tensor, initial_state: Tensor) -> ConvOutput:
