@@ -7,6 +7,9 @@ from torch import Tensor
 
 TOLERANCES: dict[tuple[str, str], tuple[float, float]] = {
     # (operation, dtype of the inputs): largest relative error of the outputs, of the gradients, against fp32 or fp64
+    ("gated_delta_rule", "float32"): (1e-5, 2e-5),
+    ("gated_delta_rule", "float16"): (2e-3, 4e-3),
+    ("gated_delta_rule", "bfloat16"): (1e-2, 2e-2),
 }
 """What a twin may differ from its definition by, as `|result - expected| / |expected|`."""
 

@@ -121,7 +121,8 @@ def scan_kernel(
                 tl.store(p_written + o_output, b_written.to(p_written.dtype.element_ty), is_output)
         token = tl.maximum(token, stop)
         if BS > 0:
-            if i_stop < stops:  # noqa: SIM102  (the outer condition is decided when the kernel is compiled)
+            is_snapshot = i_stop < stops
+            if is_snapshot:
                 row, count = begin_row + (stop - begin), position - stop
                 i_system = (chunk + (stop - begin) // L) * HV + i_head
                 b_k = load_rows(p_k, row, k_stride, o_k, DK, count, L)
