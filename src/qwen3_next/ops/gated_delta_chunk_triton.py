@@ -32,6 +32,7 @@ class ChunkSystems(NamedTuple):
         rstd_q: 1 / sqrt(|q|^2 + 1e-6) / sqrt(Dk).
         rstd_k: 1 / sqrt(|k|^2 + 1e-6).
         scales: for the walk: beta, rstd_k e^sums, rstd_k e^(last sum - sums) and rstd_q e^sums; 0 beyond the tokens.
+        decay: e^(last sum).
     """
 
     inverse: Float[Tensor, "G Hv L L"]
@@ -40,6 +41,7 @@ class ChunkSystems(NamedTuple):
     rstd_q: Float[Tensor, "T Hk"]
     rstd_k: Float[Tensor, "T Hk"]
     scales: Float[Tensor, "G Hv 4 L"]
+    decay: Float[Tensor, "G Hv"]
 
 
 class ScanResult(NamedTuple):
@@ -74,13 +76,19 @@ def solve_chunks(
     sums = q.new_empty(tokens, value_heads, dtype=torch.float64)
     rstd = q.new_empty(2, tokens, key_heads, dtype=torch.float32)
     scales = q.new_empty(chunks.count, value_heads, 4, CHUNK, dtype=torch.float32)
+    decay = q.new_empty(chunks.count, value_heads, dtype=torch.float32)
     if chunks.count:
+        scratch = matrices[0].view(torch.float32)
+        # No entry of T is above 1, so that fp16 has two digits more for its factors than bf16 has for the result.
+        factor = tl.float32 if q.dtype == torch.float32 else tl.float16
         _solve_kernel[(chunks.count, key_heads)](
-            *(q, k, log_decay, beta, *matrices, sums, *rstd, scales),
-            *(chunks.cu_seqlens, chunks.first, chunks.sequences, q.stride(0), k.stride(0), width**-0.5),
-            HK=key_heads, HV=value_heads, DK=width, BK=_padded(width), L=CHUNK, num_warps=4, num_stages=1,
+            *(q, k, log_decay, beta, *matrices, sums, *rstd, scales, decay, scratch),
+            *(chunks.cu_seqlens, chunks.first, chunks.sequences, width**-0.5),
+            Q_ROW=q.stride(0), K_ROW=k.stride(0),
+            HK=key_heads, HV=value_heads, DK=width, BK=_padded(width), L=CHUNK,
+            SCRATCH=scratch.stride(1), FACTOR=factor, num_warps=4, num_stages=1,
         )  # fmt: skip
-    return ChunkSystems(*matrices, sums, *rstd, scales)
+    return ChunkSystems(*matrices, sums, *rstd, scales, decay)
 
 
 def scan_chunks(
@@ -142,10 +150,11 @@ def walk(
     taken = 0 if snapshots is None else len(snapshots.positions)
     after, targets = (None, None) if snapshots is None else (snapshots.after, snapshots.slots)
     scan_kernel[(triton.cdiv(dv, block), value_heads, pieces.count)](
-        *(q, k, v, systems.inverse, systems.attention, systems.scales, systems.sums, systems.rstd_k),
+        *(q, k, v, systems.inverse, systems.attention, systems.scales, systems.decay, systems.sums, systems.rstd_k),
         *(output, written, states, initial, places.final, slots, after, targets),
-        *(chunks.cu_seqlens, chunks.first, pieces.first, pieces.sequences, q.stride(0), k.stride(0), v.stride(0)),
+        *(chunks.cu_seqlens, chunks.first, pieces.first, pieces.sequences),
         *(0 if initial is None else initial.stride(0), places.final.stride(0), pieces.size, taken),
+        Q_ROW=q.stride(0), K_ROW=k.stride(0), V_ROW=v.stride(0),
         HK=key_heads, HV=value_heads, DK=dk, DV=dv, BK=_padded(dk), BV=block, L=CHUNK,
         BS=triton.next_power_of_2(taken) if taken else 0, SPLIT=split, SLOTS=slots is not None,
         STORE=states is not None, num_warps=warps, num_stages=stages,
@@ -163,9 +172,10 @@ def _entering_states(
     summaries = v.new_empty(pieces.count, value_heads, dk, values + padded, dtype=torch.float32)
     shape = {"HV": value_heads, "DK": dk, "DV": dv, "BK": padded, "VALUES": values}
     summarise_kernel[(triton.cdiv(values + padded, block), value_heads, pieces.count)](
-        *(k, v, systems.inverse, systems.scales, systems.sums, summaries),
-        *(chunks.cu_seqlens, chunks.first, pieces.first, pieces.sequences, k.stride(0), v.stride(0), pieces.size),
-        HK=key_heads, BV=block, L=CHUNK, num_warps=warps, num_stages=stages, **shape,
+        *(k, v, systems.inverse, systems.scales, systems.decay, summaries),
+        *(chunks.cu_seqlens, chunks.first, pieces.first, pieces.sequences, pieces.size),
+        K_ROW=k.stride(0), V_ROW=v.stride(0), HK=key_heads, BV=block, L=CHUNK,
+        num_warps=warps, num_stages=stages, **shape,
     )  # fmt: skip
     entering = v.new_empty(pieces.count, value_heads, dk, dv, dtype=torch.float32)
     initial = places.initial
@@ -213,9 +223,10 @@ def _padded(width: int) -> int:
 
 @triton.jit(do_not_specialize=["q_scale"])
 def _solve_kernel(
-    p_q, p_k, p_log_decay, p_beta, p_inverse, p_attention, p_sums, p_rstd_q, p_rstd_k, p_scales,
-    p_cu_seqlens, p_first_chunk, p_sequences, q_stride, k_stride, q_scale,
+    p_q, p_k, p_log_decay, p_beta, p_inverse, p_attention, p_sums, p_rstd_q, p_rstd_k, p_scales, p_decay, p_scratches,
+    p_cu_seqlens, p_first_chunk, p_sequences, q_scale, Q_ROW: tl.constexpr, K_ROW: tl.constexpr,
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr, L: tl.constexpr,
+    SCRATCH: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one key head, and the systems of its value heads."""
     i_chunk, i_key = tl.program_id(0), tl.program_id(1)
@@ -226,8 +237,8 @@ def _solve_kernel(
     valid = o_row < count
     token = token.to(tl.int64)
     row = token + o_row
-    b_q = load_rows(p_q + i_key * DK, token, q_stride, o_k, DK, count, L)
-    b_k = load_rows(p_k + i_key * DK, token, k_stride, o_k, DK, count, L)
+    b_q = load_rows(p_q + i_key * DK, token, Q_ROW, o_k, DK, count, L)
+    b_k = load_rows(p_k + i_key * DK, token, K_ROW, o_k, DK, count, L)
     b_products = dot(b_k, tl.trans(b_k))
     b_reads = dot(b_q, tl.trans(b_k))
     squares_q, squares_k = b_q.to(tl.float32), b_k.to(tl.float32)
@@ -245,6 +256,7 @@ def _solve_kernel(
         survived, last = tl.exp(sums.to(tl.float32)), tl.sum(tl.where(o_row == L - 1, sums, 0.0))
         left = tl.exp((last - sums).to(tl.float32))
         p_scale = p_scales + (i_chunk.to(tl.int64) * HV + i_head) * (4 * L) + o_row
+        tl.store(p_decay + i_chunk.to(tl.int64) * HV + i_head, tl.exp(last.to(tl.float32)))
         tl.store(p_scale, beta)
         tl.store(p_scale + L, tl.where(valid, survived * rstd_k, 0.0))
         tl.store(p_scale + 2 * L, tl.where(valid, left * rstd_k, 0.0))
@@ -257,34 +269,51 @@ def _solve_kernel(
         o_system = (i_chunk.to(tl.int64) * HV + i_head) * (L * L) + o_row[:, None] * L + o_row[None, :]
         tl.store(p_attention + o_system, (ratios * b_reads).to(p_attention.dtype.element_ty))
         below = o_row[:, None] > o_row[None, :]
-        b_inverse = _unit_lower_inverse(tl.where(below, beta[:, None] * ratios * b_products, 0.0), L)
+        b_system = tl.where(below, beta[:, None] * ratios * b_products, 0.0)
+        # The place of the result is large enough for the blocks, in fp32, while they are solved.
+        p_scratch = p_scratches + (i_chunk.to(tl.int64) * HV + i_head) * SCRATCH
+        b_inverse = _unit_lower_inverse(b_system, p_scratch, L, FACTOR)
+        tl.debug_barrier()
         tl.store(p_inverse + o_system, b_inverse.to(p_inverse.dtype.element_ty))
 
 
 @triton.jit
-def _unit_lower_inverse(b_system, L: tl.constexpr):
+def _unit_lower_inverse(b_system, p_scratch, L: tl.constexpr, FACTOR: tl.constexpr):
     """(I + system)^-1 of a strictly lower triangular matrix: blocks of 16 by substitution, then pairs of blocks.
 
     With D the inverse of the diagonal blocks and C what is below them within a pair, the pair's inverse is D - D C D:
     substitution by blocks, exact after one step for any keys, unlike a series of powers.
     """
-    o_row, o_block = tl.arange(0, L), tl.arange(0, 16)
-    index = (o_row // 16 * 16)[:, None] + o_block[None, :]
-    b_blocks = tl.reshape(tl.gather(b_system, index, axis=1), [L // 16, 16, 16])
-    i_line, i_column = o_block[None, :, None], o_block[None, None, :]
-    b_solved = tl.where(i_line == i_column, 1.0, 0.0) + tl.zeros_like(b_blocks)
-    for i in range(15):
-        column = tl.sum(tl.where(i_column == i, b_blocks, 0.0), axis=2)
-        line = tl.sum(tl.where(i_line == i, b_solved, 0.0), axis=1)
-        b_solved -= column[:, :, None] * line[:, None, :]
-    index = (o_row % 16)[None, :] + tl.zeros([L, L], dtype=tl.int32)
-    b_inverse = tl.gather(tl.reshape(b_solved, [L, 16]), index, axis=1)
-    i_line, i_column = o_row[:, None], o_row[None, :]
-    b_inverse = tl.where(i_line // 16 == i_column // 16, b_inverse, 0.0)
+    i_line, i_column = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
+    is_block = i_line // 16 == i_column // 16
+    p_block = p_scratch + i_line * 16 + i_column % 16
+    tl.store(p_block, b_system, is_block)
+    tl.debug_barrier()
+    _invert_blocks(p_scratch, p_scratch + 16 * L, L)
+    tl.debug_barrier()
+    b_inverse = tl.load(p_block + 16 * L, is_block, other=0.0)
     for size in tl.static_range(1, 3):
-        in_pair = (i_line // (16 * size) != i_column // (16 * size)) & (
-            i_line // (32 * size) == i_column // (32 * size)
-        )
-        b_below = tl.where(in_pair, b_system, 0.0)
-        b_inverse -= dot(dot(b_inverse, b_below), b_inverse)
+        is_pair = i_line // (32 * size) == i_column // (32 * size)
+        b_below = tl.where(is_pair & (i_line // (16 * size) != i_column // (16 * size)), b_system, 0.0)
+        b_solved = b_inverse.to(FACTOR)
+        b_inverse -= dot(dot(b_solved, b_below.to(FACTOR)).to(FACTOR), b_solved)
     return b_inverse
+
+
+@triton.jit
+def _invert_blocks(p_blocks, p_inverses, L: tl.constexpr):
+    """Blocks of 16, each column of an inverse by one thread: its 16 entries are one register each."""
+    o_thread = tl.arange(0, L)
+    p_blocks += o_thread // 16 * 256
+    p_inverses += o_thread // 16 * 256 + o_thread % 16
+    rest = ()
+    for line in tl.static_range(16):
+        rest = rest + (tl.where(o_thread % 16 == line, 1.0, 0.0),)  # noqa: RUF005  (Triton unpacks no tuples)
+    for column in tl.static_range(16):
+        solved = rest[0]
+        tl.store(p_inverses + column * 16, solved)
+        updated = ()
+        for line in tl.static_range(column + 1, 16):
+            entry = rest[line - column] - tl.load(p_blocks + line * 16 + column) * solved
+            updated = updated + (entry,)  # noqa: RUF005
+        rest = updated

@@ -12,11 +12,14 @@ from qwen3_next.ops.common_triton import dot
 
 
 @triton.jit
-def load_rows(p_x, token, stride, o_column, width, count, L: tl.constexpr):
-    """`[L, columns]` from `token` (int64) on; zeros beyond `count` rows and `width` columns."""
+def load_rows(p_x, token, ROW: tl.constexpr, o_column, width, count, L: tl.constexpr):
+    """`[L, columns]` from `token` (int64) on; zeros beyond `count` rows and `width` columns.
+
+    ROW, the distance of two rows, is a constant so that one register addresses them all.
+    """
     o_row = tl.arange(0, L)
     mask = (o_row < count)[:, None] & (o_column < width)[None, :]
-    return tl.load(p_x + token * stride + o_row[:, None] * stride + o_column[None, :], mask, other=0.0)
+    return tl.load(p_x + token * ROW + (o_row[:, None] * ROW + o_column[None, :]), mask, other=0.0)
 
 
 @triton.jit
@@ -33,8 +36,10 @@ def _advance(b_state, b_k, b_v, b_inverse, p_scales, left, decay, L: tl.constexp
     """
     beta = tl.load(p_scales + tl.arange(0, L))
     survived = tl.load(p_scales + L + tl.arange(0, L))
+    # v^T by way of a product, because that is how a matrix comes out of shared memory without a copy in registers.
+    b_value = dot(tl.trans(b_v), (tl.arange(0, L)[:, None] == tl.arange(0, L)[None, :]).to(b_v.dtype))
     b_read = dot(b_state.to(b_k.dtype), tl.trans(b_k)) * survived[None, :]
-    b_error = beta[None, :] * (tl.trans(b_v).to(tl.float32) - b_read)
+    b_error = beta[None, :] * (b_value - b_read)
     b_written = dot(b_error.to(b_k.dtype), tl.trans(b_inverse))
     return b_written, dot((b_written * left[None, :]).to(b_k.dtype), b_k, b_state * decay)
 
@@ -49,10 +54,10 @@ def _store_state(p_state, b_state, o_column, width, DK: tl.constexpr, BK: tl.con
 
 @triton.jit(do_not_specialize=["snapshots"])
 def scan_kernel(
-    p_q, p_k, p_v, p_inverse, p_attention, p_scales, p_sums, p_rstd_k,
+    p_q, p_k, p_v, p_inverse, p_attention, p_scales, p_decay, p_sums, p_rstd_k,
     p_output, p_written, p_states, p_initial, p_final, p_slots, p_after, p_snapshot_slots,
     p_cu_seqlens, p_first_chunk, p_first_piece, p_sequences,
-    q_stride, k_stride, v_stride, initial_stride, final_stride, piece_size, snapshots,
+    initial_stride, final_stride, piece_size, snapshots, Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, BS: tl.constexpr,
     SPLIT: tl.constexpr, SLOTS: tl.constexpr, STORE: tl.constexpr,
@@ -91,6 +96,9 @@ def scan_kernel(
         lowest = tl.where(begin == 0, 0, begin + 1)
         first_stop = tl.sum((after < lowest).to(tl.int32))
         stops = tl.sum((after <= end).to(tl.int32)) - first_stop
+    # These two would not be fetched ahead by the compiler, because no product has them as an operand.
+    p_q_scale = p_scales + (chunk * HV + i_head) * (4 * L) + 3 * L + o_row
+    q_scale, decay = tl.load(p_q_scale), tl.load(p_decay + chunk * HV + i_head)
     token = begin
     for i_stop in range(stops + 1):
         stop = end
@@ -102,13 +110,15 @@ def scan_kernel(
             row = begin_row + (i_token - begin)
             i_system = (chunk + (i_token - begin) // L) * HV + i_head
             p_scale = p_scales + i_system * (4 * L)
-            b_k = load_rows(p_k, row, k_stride, o_k, DK, end - i_token, L)
-            b_v = load_rows(p_v, row, v_stride, o_column, DV, end - i_token, L)
-            b_q = load_rows(p_q, row, q_stride, o_k, DK, end - i_token, L)
+            b_k = load_rows(p_k, row, K_ROW, o_k, DK, end - i_token, L)
+            b_v = load_rows(p_v, row, V_ROW, o_column, DV, end - i_token, L)
+            b_q = load_rows(p_q, row, Q_ROW, o_k, DK, end - i_token, L)
             b_inverse = load_square(p_inverse + i_system * (L * L), L)
             b_attention = load_square(p_attention + i_system * (L * L), L)
-            left, q_scale = tl.load(p_scale + 2 * L + o_row), tl.load(p_scale + 3 * L + o_row)
-            decay = tl.exp(tl.load(p_sums + (row + tl.minimum(end - i_token, L) - 1) * HV + i_head).to(tl.float32))
+            left = tl.load(p_scale + 2 * L + o_row)
+            i_next = tl.where(i_token + L < end, i_system + HV, i_system)
+            next_q_scale = tl.load(p_scales + i_next * (4 * L) + 3 * L + o_row)
+            next_decay = tl.load(p_decay + i_next)
             if STORE:
                 _store_state(p_states + i_system * (DK * DV), b_state, o_column, DV, DK, BK)
             b_output = dot(b_state.to(b_q.dtype), tl.trans(b_q)) * q_scale[None, :]
@@ -119,22 +129,23 @@ def scan_kernel(
             tl.store(p_output + o_output, b_output.to(p_output.dtype.element_ty), is_output)
             if STORE:
                 tl.store(p_written + o_output, b_written.to(p_written.dtype.element_ty), is_output)
+            q_scale, decay = next_q_scale, next_decay
         token = tl.maximum(token, stop)
         if BS > 0:
             is_snapshot = i_stop < stops
             if is_snapshot:
                 row, count = begin_row + (stop - begin), position - stop
                 i_system = (chunk + (stop - begin) // L) * HV + i_head
-                b_k = load_rows(p_k, row, k_stride, o_k, DK, count, L)
-                b_v = load_rows(p_v, row, v_stride, o_column, DV, count, L)
+                b_k = load_rows(p_k, row, K_ROW, o_k, DK, count, L)
+                b_v = load_rows(p_v, row, V_ROW, o_column, DV, count, L)
                 b_inverse = load_square(p_inverse + i_system * (L * L), L)
                 sums = tl.load(p_sums + (row + o_row) * HV + i_head, o_row < count, other=0.0)
                 last = tl.load(p_sums + (row + count - 1) * HV + i_head, count > 0, other=0.0)
                 rstd = tl.load(p_rstd_k + (row + o_row) * HK + i_head // (HV // HK), o_row < count, other=0.0)
                 left = tl.exp(tl.where(o_row < count, last - sums, 0.0).to(tl.float32)) * rstd
-                decay = tl.exp(last.to(tl.float32))
                 p_scale = p_scales + i_system * (4 * L)
-                _, b_snapshot = _advance(b_state, b_k, b_v, b_inverse, p_scale, left, decay, L)
+                survived = tl.exp(last.to(tl.float32))
+                _, b_snapshot = _advance(b_state, b_k, b_v, b_inverse, p_scale, left, survived, L)
                 target = tl.load(p_snapshot_slots + first_stop + i_stop).to(tl.int64) * final_stride
                 _store_state(p_final + target + i_head * (DK * DV), b_snapshot, o_column, DV, DK, BK)
     if is_last:
@@ -143,8 +154,8 @@ def scan_kernel(
 
 @triton.jit
 def summarise_kernel(
-    p_k, p_v, p_inverse, p_scales, p_sums, p_summaries, p_cu_seqlens, p_first_chunk, p_first_piece, p_sequences,
-    k_stride, v_stride, piece_size,
+    p_k, p_v, p_inverse, p_scales, p_decay, p_summaries, p_cu_seqlens, p_first_chunk, p_first_piece, p_sequences,
+    piece_size, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
@@ -161,16 +172,19 @@ def summarise_kernel(
         chunk = (tl.load(p_first_chunk + i_sequence) + number * (piece_size // L)).to(tl.int64)
         o_column, o_k = i_column * BV + tl.arange(0, BV), tl.arange(0, BK)
         b_state = tl.where(o_k[None, :] == o_column[:, None] - VALUES, 1.0, 0.0)
+        decay = tl.load(p_decay + chunk * HV + i_head)
         for i_chunk in range(piece_size // L):
             row = begin_row + i_chunk * L
             i_system = (chunk + i_chunk) * HV + i_head
             p_scale = p_scales + i_system * (4 * L)
-            b_k = load_rows(p_k + i_head // (HV // HK) * DK, row, k_stride, o_k, DK, L, L)
-            b_v = load_rows(p_v + i_head * DV, row, v_stride, o_column, DV, L, L)
+            b_k = load_rows(p_k + i_head // (HV // HK) * DK, row, K_ROW, o_k, DK, L, L)
+            b_v = load_rows(p_v + i_head * DV, row, V_ROW, o_column, DV, L, L)
             b_inverse = load_square(p_inverse + i_system * (L * L), L)
             left = tl.load(p_scale + 2 * L + tl.arange(0, L))
-            decay = tl.exp(tl.load(p_sums + (row + L - 1) * HV + i_head).to(tl.float32))
+            # The next piece has another chunk, so there always is one.
+            next_decay = tl.load(p_decay + i_system + HV)
             _, b_state = _advance(b_state, b_k, b_v, b_inverse, p_scale, left, decay, L)
+            decay = next_decay
         target = (i_piece.to(tl.int64) * HV + i_head) * (DK * (VALUES + BK))
         _store_state(p_summaries + target, b_state, o_column, VALUES + BK, DK, BK)
 
