@@ -3,7 +3,8 @@
 They keep S^T, not S: every product of the serial chain then finds the result of the one before it in registers, as its
 left operand, and nothing on the chain goes through shared memory.
 """
-# pyright: basic
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
+# (the four: launches, rounded sizes and loops of kernels, which Triton types as constants or not at all)
 
 import triton
 import triton.language as tl

@@ -15,14 +15,40 @@ _WIDEST = 256
 """Above it, a block of the state no longer fits into the registers."""
 
 
-def _refusal(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, segments: Segments, *states: object, **_: object
-) -> str | None:
+def _unfit(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if v.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not q.dtype == k.dtype == v.dtype:
         return f"q, k and v in one of bf16, fp16 and fp32, not in {q.dtype}, {k.dtype} and {v.dtype}"
     if max(k.shape[2], v.shape[2]) > _WIDEST:
         return f"heads of up to {_WIDEST} channels, not of {k.shape[2]} and {v.shape[2]}"
     return None
+
+
+def _refusal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    segments: Segments,
+    initial_state: Tensor | None = None,
+) -> str | None:
+    return _unfit(q, k, v)
+
+
+def _slots_refusal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    segments: Segments,
+    states: Tensor,
+    slots: Tensor,
+    snapshots: Snapshots | None = None,
+) -> str | None:
+    if not states[:1].is_contiguous():
+        return f"states that are contiguous within a slot, not with strides {states.stride()}"
+    return _unfit(q, k, v)
 
 
 @refuses(_refusal)
@@ -43,6 +69,7 @@ def gated_delta_rule(
     return GatedDeltaOutput(result.output, result.final_state)
 
 
+@refuses(_slots_refusal)
 @torch.no_grad()
 def gated_delta_rule_(
     q: Float[Tensor, "T Hk Dk"],
@@ -58,18 +85,6 @@ def gated_delta_rule_(
     """Twin of `gated_delta.gated_delta_rule_`: the states are read from their slots and written there, never copied."""
     systems = solve_chunks(q, k, log_decay, beta, segments)
     return walk(q, k, v, systems, segments, States(states, states, slots, snapshots))
-
-
-def _slots_refusal(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, segments: Segments, states: Tensor, *_: object,
-    **__: object,
-) -> str | None:  # fmt: skip
-    if not states[:1].is_contiguous():
-        return f"states that are contiguous within a slot, not with strides {states.stride()}"
-    return _refusal(q, k, v, log_decay, beta, segments)
-
-
-gated_delta_rule_ = refuses(_slots_refusal)(gated_delta_rule_)
 
 
 class _GatedDeltaRule(torch.autograd.Function):
