@@ -85,8 +85,8 @@ def weighted(taps, b_3, b_2, b_1, b_0):
 
 @triton.jit
 def window_before(
-    p_x, p_state, p_slots, i_sequence, offset, row_stride, o_channel, o_column, exists,
-    CHANNELS: tl.constexpr, TAPS: tl.constexpr,
+    p_x, p_state, p_slots, i_sequence, offset, row_stride, state_stride, o_channel, o_column, exists,
+    TAPS: tl.constexpr,
 ):  # fmt: skip
     """The three inputs before a part: rows of x, or the state where the part is the first of its sequence."""
     rows = ()
@@ -95,7 +95,7 @@ def window_before(
         rows += (b_x.to(tl.float32),)
     if p_state is not None:
         slot = i_sequence if p_slots is None else tl.load(p_slots + i_sequence)
-        p_window = p_state + slot.to(tl.int64) * (CHANNELS * (TAPS - 1))
+        p_window = p_state + slot.to(tl.int64) * state_stride
         window = load_window(p_window, o_channel, exists & (offset == 0), TAPS, p_x.dtype.element_ty)
         rows = (rows[0] + window[0], rows[1] + window[1], rows[2] + window[2])
     return rows

@@ -73,7 +73,7 @@ def _backward_kernel(
     p_d_x += token * d_row_stride
     p_d_output += token * CHANNELS
     b_3, b_2, b_1 = window_before(
-        p_x, p_state, None, i_sequence, offset, row_stride, o_channel, o_column, exists, CHANNELS, TAPS
+        p_x, p_state, None, i_sequence, offset, row_stride, CHANNELS * (TAPS - 1), o_channel, o_column, exists, TAPS
     )
     o_state = i_sequence.to(tl.int64) * (CHANNELS * (TAPS - 1)) + o_channel * (TAPS - 1)
     b_zero = tl.zeros([BLOCK], dtype=tl.float32)

@@ -55,7 +55,13 @@ def causal_conv(
     return _forward(x, weight, initial_state, segments, columns)
 
 
-@refuses(_refusal)
+def _refusal_of_slots(
+    x: Tensor, weight: Tensor, segments: Segments, states: Tensor, *_: object, **__: object
+) -> str | None:
+    return _refusal(x, weight) or (None if states[:1].is_contiguous() else "a slot of the states is not contiguous")
+
+
+@refuses(_refusal_of_slots)
 @torch.no_grad()
 def causal_conv_(
     x: Float[Tensor, "T _"],
@@ -118,7 +124,7 @@ def _gradient_without_tokens(initial_state: Tensor, d_final: Tensor | None) -> T
 def _forward(
     x: Tensor, weight: Tensor, initial_state: Tensor | None, segments: Segments, columns: ProjectionColumns | None
 ) -> ConvOutput:
-    x = rows_of(x)
+    x, initial_state = rows_of(x), None if initial_state is None else initial_state.contiguous()
     final_state = x.new_empty(segments.count, weight.shape[0], weight.shape[1] - 1)
     output = _convolve(x, weight, initial_state, None, segments, columns)
     if final_state.numel():
@@ -140,8 +146,8 @@ def _convolve(
         parts, layout = segments.cut(settings["SIZE"]), layout_of(weight.shape[0], columns, settings.pop("BLOCK"))
         blocks = block_count(layout)
         _forward_kernel[(parts.count * blocks,)](
-            *(x, weight.contiguous(), None if states is None else states.contiguous(), slots, output),
-            *(parts.cu_seqlens, parts.first, parts.sequences, x.stride(0)),
+            *(x, weight.contiguous(), states, slots, output, parts.cu_seqlens, parts.first, parts.sequences),
+            *(x.stride(0), 0 if states is None else states.stride(0)),
             BLOCKS=blocks, TAPS=weight.shape[1], **layout, **settings,
         )  # fmt: skip
     return output
@@ -164,15 +170,16 @@ def _keep_windows(
         ids, positions, targets = segments.sequence_ids, snapshots.after, snapshots.slots
         count = len(snapshots.positions)
     _window_kernel[(count * block_count(layout),)](
-        *(x, None if before is None else before.contiguous(), slots, after, targets, ids, positions),
-        *(segments.cu_seqlens, x.stride(0), segments.total),
+        *(x, before, slots, after, targets, ids, positions, segments.cu_seqlens, x.stride(0)),
+        *(0 if before is None else before.stride(0), after.stride(0), segments.total),
         BLOCKS=block_count(layout), TAPS=history + 1, **layout, num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
 def _forward_kernel(
-    p_x, p_weight, p_state, p_slots, p_output, p_cu_seqlens, p_first, p_sequences, row_stride,
+    p_x, p_weight, p_state, p_slots, p_output, p_cu_seqlens, p_first, p_sequences,
+    row_stride, state_stride,
     BLOCKS: tl.constexpr, TAPS: tl.constexpr, SIZE: tl.constexpr, UNROLL: tl.constexpr,
     CHANNELS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -184,7 +191,7 @@ def _forward_kernel(
     p_x += token * row_stride
     p_output += token * CHANNELS
     b_3, b_2, b_1 = window_before(
-        p_x, p_state, p_slots, i_sequence, offset, row_stride, o_channel, o_column, exists, CHANNELS, TAPS
+        p_x, p_state, p_slots, i_sequence, offset, row_stride, state_stride, o_channel, o_column, exists, TAPS
     )
     for t in range(0, count, UNROLL):
         rows = ()
@@ -203,7 +210,8 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _window_kernel(
-    p_x, p_before, p_sources, p_after, p_targets, p_ids, p_positions, p_cu_seqlens, row_stride, tokens,
+    p_x, p_before, p_sources, p_after, p_targets, p_ids, p_positions, p_cu_seqlens,
+    row_stride, before_stride, after_stride, tokens,
     BLOCKS: tl.constexpr, TAPS: tl.constexpr,
     CHANNELS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -229,10 +237,10 @@ def _window_kernel(
         p_row = p_x + (start + row).to(tl.int64) * row_stride
         b_x = tl.load(p_row + o_column, exists & (row >= 0), other=0.0).to(tl.float32)
         if p_before is not None:
-            p_entry = p_before + source.to(tl.int64) * (CHANNELS * (TAPS - 1)) + row + (TAPS - 1)
+            p_entry = p_before + source.to(tl.int64) * before_stride + row + (TAPS - 1)
             b_x += tl.load(p_entry + o_channel * (TAPS - 1), exists & (row < 0), other=0.0).to(tl.float32)
         window += (b_x.to(p_x.dtype.element_ty),)
     tl.debug_barrier()  # the window may be written where it was read
-    p_after += target.to(tl.int64) * (CHANNELS * (TAPS - 1))
+    p_after += target.to(tl.int64) * after_stride
     for i in tl.static_range(TAPS - 1):
         tl.store(p_after + o_channel * (TAPS - 1) + i, window[i].to(p_after.dtype.element_ty), exists)
