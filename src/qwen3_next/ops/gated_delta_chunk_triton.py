@@ -86,7 +86,7 @@ def solve_chunks(
             *(q, k, log_decay, beta, *matrices, sums, *rstd, scales, decay, scratch),
             *(chunks.cu_seqlens, chunks.first, chunks.sequences, width**-0.5),
             Q_ROW=q.stride(0), K_ROW=k.stride(0),
-            HK=key_heads, HV=value_heads, DK=width, BK=_padded(width), L=CHUNK,
+            HK=key_heads, HV=value_heads, DK=width, BK=padded_width(width), L=CHUNK,
             SCRATCH=scratch.stride(1), FACTOR=factor, num_warps=4, num_stages=1,
         )  # fmt: skip
     return ChunkSystems(*matrices, sums, *rstd, scales, decay)
@@ -156,7 +156,7 @@ def walk(
         *(chunks.cu_seqlens, chunks.first, pieces.first, pieces.sequences),
         *(0 if initial is None else initial.stride(0), places.final.stride(0), pieces.size, taken),
         Q_ROW=q.stride(0), K_ROW=k.stride(0), V_ROW=v.stride(0),
-        HK=key_heads, HV=value_heads, DK=dk, DV=dv, BK=_padded(dk), BV=block, L=CHUNK,
+        HK=key_heads, HV=value_heads, DK=dk, DV=dv, BK=padded_width(dk), BV=block, L=CHUNK,
         BS=triton.next_power_of_2(taken) if taken else 0, SPLIT=split, SLOTS=slots is not None,
         STORE=states is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -169,7 +169,7 @@ def _entering_states(
     """The state that enters each piece: all pieces find `[B | M]` at once, then one short walk combines them."""
     (_, key_heads, dk), (_, value_heads, dv) = k.shape, v.shape
     block, warps, stages = _configuration(dk, dv, v.dtype)
-    values, padded = triton.cdiv(dv, block) * block, _padded(dk)
+    values, padded = triton.cdiv(dv, block) * block, padded_width(dk)
     summaries = v.new_empty(pieces.count, value_heads, dk, values + padded, dtype=torch.float32)
     shape = {"HV": value_heads, "DK": dk, "DV": dv, "BK": padded, "VALUES": values}
     summarise_kernel[(triton.cdiv(values + padded, block), value_heads, pieces.count)](
@@ -195,7 +195,7 @@ def _configuration(dk: int, dv: int, dtype: torch.dtype) -> tuple[int, int, int]
     """Columns of the state in a program of the walk, warps, stages of its loads. For H100 and H200."""
     if dtype == torch.float32:
         return 16, 8, 1
-    return (min(32, _padded(dv)), 8, 2) if dk > 128 else (min(64, _padded(dv)), 4, 2)
+    return (min(32, padded_width(dv)), 8, 2) if dk > 128 else (min(64, padded_width(dv)), 4, 2)
 
 
 _MOST_PIECES = 1
@@ -218,7 +218,8 @@ def by_token(x: Float[Tensor, "T H D"]) -> Float[Tensor, "T H D"]:
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
-def _padded(width: int) -> int:
+def padded_width(width: int) -> int:
+    """The power of two, at least 16, that a product needs in place of `width`."""
     return max(16, triton.next_power_of_2(width))
 
 

@@ -46,7 +46,7 @@ def _advance(b_state, b_k, b_v, b_inverse, p_scales, left, decay, L: tl.constexp
 
 
 @triton.jit
-def _store_state(p_state, b_state, o_column, width, DK: tl.constexpr, BK: tl.constexpr):
+def store_state(p_state, b_state, o_column, width, DK: tl.constexpr, BK: tl.constexpr):
     """S^T `[BV, BK]` to S `[DK, width]`."""
     o_k = tl.arange(0, BK)
     mask = (o_column < width)[:, None] & (o_k < DK)[None, :]
@@ -121,7 +121,7 @@ def scan_kernel(
             next_q_scale = tl.load(p_scales + i_next * (4 * L) + 3 * L + o_row)
             next_decay = tl.load(p_decay + i_next)
             if STORE:
-                _store_state(p_states + i_system * (DK * DV), b_state, o_column, DV, DK, BK)
+                store_state(p_states + i_system * (DK * DV), b_state, o_column, DV, DK, BK)
             b_output = dot(b_state.to(b_q.dtype), tl.trans(b_q)) * q_scale[None, :]
             b_written, b_state = _advance(b_state, b_k, b_v, b_inverse, p_scale, left, decay, L)
             b_output = dot(b_written.to(b_q.dtype), tl.trans(b_attention), b_output)
@@ -148,9 +148,9 @@ def scan_kernel(
                 survived = tl.exp(last.to(tl.float32))
                 _, b_snapshot = _advance(b_state, b_k, b_v, b_inverse, p_scale, left, survived, L)
                 target = tl.load(p_snapshot_slots + first_stop + i_stop).to(tl.int64) * final_stride
-                _store_state(p_final + target + i_head * (DK * DV), b_snapshot, o_column, DV, DK, BK)
+                store_state(p_final + target + i_head * (DK * DV), b_snapshot, o_column, DV, DK, BK)
     if is_last:
-        _store_state(p_final + slot * final_stride + i_head * (DK * DV), b_state, o_column, DV, DK, BK)
+        store_state(p_final + slot * final_stride + i_head * (DK * DV), b_state, o_column, DV, DK, BK)
 
 
 @triton.jit
@@ -187,7 +187,7 @@ def summarise_kernel(
             _, b_state = _advance(b_state, b_k, b_v, b_inverse, p_scale, left, decay, L)
             decay = next_decay
         target = (i_piece.to(tl.int64) * HV + i_head) * (DK * (VALUES + BK))
-        _store_state(p_summaries + target, b_state, o_column, VALUES + BK, DK, BK)
+        store_state(p_summaries + target, b_state, o_column, VALUES + BK, DK, BK)
 
 
 @triton.jit
