@@ -1,8 +1,11 @@
 """The rules of the house, held by reading the source: who may import whom, and how long anything may be."""
 
 import ast
+import io
 import re
 import statistics
+import textwrap
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "qwen3_next"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-LINES_OF_SRC = 9000
+LINES_OF_CODE = 9000
+LINES_OF_CODE_IN_KERNELS = 4500
 LINES_OF_A_FILE = 400
 LINES_OF_A_FUNCTION = 60
 LINES_OF_A_KERNEL = 150
@@ -80,6 +84,20 @@ def functions_of(path: Path) -> Iterator[tuple[str, int]]:
             yield node.name, lines
 
 
+def lines_of_code(source: str) -> int:
+    """Count the lines that hold code: no blank lines, comments or docstrings, those of attributes included."""
+    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in silent:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            assert node.end_lineno is not None
+            lines.difference_update(range(node.lineno, node.end_lineno + 1))
+    return len(lines)
+
+
 def shown(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
@@ -124,7 +142,31 @@ def test_files_and_functions_keep_their_budget(path: Path) -> None:
 
 
 def test_the_source_keeps_its_budget() -> None:
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < LINES_OF_SRC
+    kernels = [path for path in FILES if path.stem.endswith("_triton")]
+    assert sum(lines_of_code(path.read_text(encoding="utf-8")) for path in kernels) < LINES_OF_CODE_IN_KERNELS
+    others = set(FILES) - set(kernels)
+    assert sum(lines_of_code(path.read_text(encoding="utf-8")) for path in others) < LINES_OF_CODE
+
+
+def test_lines_of_code_are_those_that_do_something() -> None:
+    source = '''\
+    """What it is
+    for."""
+
+    # Why.
+    LIMIT = 3  # counted: one
+    """Of an attribute,
+
+    not code."""
+
+    def f(x: str) -> str:  # two
+        """Short."""
+        return """a string
+        of three lines
+
+        is four of code""" + x  # six with the blank line inside
+    '''
+    assert lines_of_code(textwrap.dedent(source)) == 6
 
 
 def test_the_median_function_is_short() -> None:
@@ -134,6 +176,9 @@ def test_the_median_function_is_short() -> None:
 
 def test_every_module_is_used() -> None:
     imported = {module for path in FILES for module in own_imports(path)}
+    for path in FILES:  # `@accelerated("<module>")` names the module of a twin
+        named = re.findall(r'^@accelerated\("(\w+)"\)', path.read_text(encoding="utf-8"), re.MULTILINE)
+        imported.update(f"qwen3_next.ops.{name}" for name in named)
     for path in FILES:
         if path.name != "__init__.py" and path.name not in ENTRY_POINTS:
             assert module_of(path) in imported, f"nothing imports {shown(path)}"

@@ -1,7 +1,10 @@
 """Comparisons that several tests of operations share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -16,6 +19,50 @@ TOLERANCES: dict[tuple[str, str], tuple[float, float]] = {
     ("gated_delta_rule", "bfloat16"): (1e-2, 2e-2),
 }
 """What a twin may differ from its definition by, as `|result - expected| / |expected|`."""
+
+
+def tolerance(operation: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Of the outputs and of the gradients, from the table above."""
+    return TOLERANCES[operation, str(dtype).removeprefix("torch.")]
+
+
+@contextmanager
+def poisoned() -> Generator[None, None, None]:
+    """Inside, memory that nothing has written yet holds NaN, or the largest integer, on every device.
+
+    Unwritten outputs of kernels thereby show, which the fill of torch's deterministic mode does on its own only where
+    all other operations are deterministic too. Held at the functions that make uninitialised tensors.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in _UNINITIALISED:
+            patch.setattr(owner, name, _poisoning(getattr(owner, name)))
+        yield
+
+
+_UNINITIALISED = [
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (Tensor, "new_empty"),
+    (Tensor, "new_empty_strided"),
+]
+
+
+def _poisoning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def made(*args: Any, **kwargs: Any) -> Tensor:
+        return _poison(make(*args, **kwargs))
+
+    return made
+
+
+def _poison(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        if x.is_floating_point() and x.element_size() == 1:
+            x.view(torch.uint8).fill_(0x7F)
+            return x
+        if x.is_floating_point() or x.is_complex():
+            return x.fill_(float("nan"))
+        return x.fill_(True if x.dtype is torch.bool else torch.iinfo(x.dtype).max)
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
