@@ -18,17 +18,22 @@ class Case:
         make: fresh random inputs on the GPU, in the order that `ours`, `definition` and the peers take them. Called
             several times: the timed calls cycle through at least 200 MB of them, so that they find a cold L2 cache.
         ours: the operation under test. May return a tensor or a tuple of tensors.
-        definition: the same by the plain definition, for the check (in fp32 or fp64, on upcast inputs) ...
+        definition: the same by the plain definition, for the check. It gets copies of the inputs, in which every bf16
+            and fp16 tensor, also inside dataclasses and tuples, is fp32; others (fp8, integers, fp32) stay as they are ...
         timed_definition: ... and for the clock, in the dtype of the inputs; None where it would not fit or end.
         peers: other implementations, by name; None where a peer is not installed.
         read_bytes: what `ours` has to read at least, in bytes.
         written_bytes: what it has to write at least.
         flops: floating-point operations that it has to do on the tensor cores.
         rate: which matrix rate of the card bounds them.
-        tolerance: largest |ours - definition| / |definition|, per output.
-        quoted: a peer's time in microseconds on an H200 (name, time), scaled by the copy rates of the two cards.
+        tolerance: largest |ours - definition| / |definition|, per output; of outputs that are whole numbers, the
+            largest share that differs.
+        quoted: a peer's time in microseconds on an H200 (name, time), scaled by the rates of the two cards that bound
+            the row.
         goal: largest allowed multiple of the floor; None where the goal is to be no slower than `quoted` or the peers.
-        graph: time replays of a CUDA graph, as decoding runs; else launches one by one.
+        graph: time replays of a CUDA graph, as decoding runs; else queued launches, each between two events.
+
+    Gradients are enabled in every call, and no input asks for one unless `ours` makes it.
     """
 
     operation: str
