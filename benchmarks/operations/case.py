@@ -19,7 +19,7 @@ class Case:
             several times: the timed calls cycle through at least 200 MB of them, so that they find a cold L2 cache.
         ours: the operation under test. May return a tensor or a tuple of tensors.
         definition: the same by the plain definition, for the check. It gets copies of the inputs, in which every bf16
-            and fp16 tensor, also inside dataclasses and tuples, is fp32; others (fp8, integers, fp32) stay as they are ...
+            and fp16 tensor, also inside dataclasses and tuples, is fp32; others (fp8, integers, fp32) stay so ...
         timed_definition: ... and for the clock, in the dtype of the inputs; None where it would not fit or end.
         peers: other implementations, by name; None where a peer is not installed.
         read_bytes: what `ours` has to read at least, in bytes.
