@@ -8,10 +8,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 HOUSE_RULES := tests/test_architecture.py tests/test_public_api.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fix bench
+.PHONY: help setup demo test test-gpu check fix bench bench-ops
 
 help:   ## what there is to make
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: .venv/dev.stamp   ## everything that the other targets need, development tools included
 
@@ -20,6 +20,11 @@ demo: .venv/runtime.stamp   ## stream a completion from the model in the box (PR
 
 test: .venv/dev.stamp   ## all tests
 	$(BIN)/python -m pytest
+
+# Every test of the operations has a run for each device ("[cuda-...]" in its name); the CPU's runs are part of `make test`.
+test-gpu: .venv/dev.stamp   ## the tests of the operations on a GPU, kernels and large sizes included
+	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make test-gpu needs a CUDA device")'
+	$(BIN)/python -m pytest tests/ops -k cuda
 
 check: .venv/dev.stamp   ## style, types, import rule, line budgets, exports
 	$(BIN)/ruff check .
@@ -33,6 +38,9 @@ fix: .venv/dev.stamp   ## correct what ruff can correct
 
 bench: .venv/dev.stamp   ## the speed of the model beside transformers
 	$(BIN)/python benchmarks/model.py
+
+bench-ops: .venv/dev.stamp   ## the speed of the operations on a GPU beside its floor and other packages
+	$(BIN)/python -m benchmarks.ops
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -3,11 +3,13 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,9 @@ from qwen3_next.cli_info import SHORT_CONTEXT, USABLE, Memory, capacity
 from qwen3_next.cli_model import choose_dtype
 from qwen3_next.cli_text import Characters, SamplingOptions, StopStrings, Writer
 from qwen3_next.model.bare import BareCausalLM
+from qwen3_next.ops.backend import OPERATIONS
 from qwen3_next.ops.sampling import Sampling
+from qwen3_next.ops.selfcheck import Check, Finding
 from qwen3_next.train import TrainResult
 
 ASSETS = Path(qwen3_next.__file__).parent / "assets"
@@ -442,6 +446,70 @@ def test_what_is_said_to_fit_fits_and_no_more_would(memory: int, weights: Any) -
         for tokens, sequences in ((SHORT_CONTEXT, found.short_sequences), (32768, found.long_sequences)):
             each = state + tokens * per_token
             assert sequences * each <= room < (sequences + 1) * each
+
+
+# doctor
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("is_available", False), ("device_count", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_doctor_says_what_this_machine_is_and_what_runs_on_it(run: Any) -> None:
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    assert torch.__version__ in out
+    assert "No GPU: the plain definitions run." in out
+    assert f"All {len(OPERATIONS)} operations compute what they should." in out
+    for name in OPERATIONS:
+        assert re.search(rf"^{name} +definition .* ok *$", out, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_doctor_tells_programs_the_same(run: Any) -> None:
+    code, out, _ = run("doctor", "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert record["device"] == "cpu"
+    assert record["machine"]["torch"] == torch.__version__
+    assert {operation["operation"] for operation in record["operations"]} == OPERATIONS.keys()
+    assert all(operation["passed"] and operation["backend"] == "definition" for operation in record["operations"])
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_doctor_names_the_operation_that_is_wrong(
+    run: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    right = Check(dtype="float32", kind="outputs", error=1e-7, tolerance=1e-5)
+    wrong = Check(dtype="float32", kind="outputs", error=float("nan"), tolerance=1e-5)
+    found = [
+        Finding(operation="rms_norm", backend="definition", reason="no GPU", checks=(right,), fault=""),
+        Finding(operation="attention", backend="definition", reason="no GPU", checks=(wrong,), fault=""),
+        Finding(operation="route", backend="definition", reason="no GPU", checks=(), fault="TypeError: [odd] one"),
+    ]
+    monkeypatch.setattr("qwen3_next.cli_doctor.self_check", lambda device: iter(found))
+    code, out, err = run("doctor", *arguments)
+    assert code == 1
+    assert err == "qwen3-next: these operations are wrong on this machine: attention, route.\n"
+    assert "TypeError: [odd] one" in out
+    if not arguments:
+        assert "RED: attention, route" in out
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_doctor_says_that_the_kernels_language_is_missing(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen3_next.ops.selfcheck.version", _not_installed)
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert "triton not installed" in out
+
+
+def _not_installed(package: str) -> str:
+    raise PackageNotFoundError(package)
 
 
 # faults

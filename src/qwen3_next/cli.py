@@ -1,7 +1,8 @@
-"""The command line: `qwen3-next generate | chat | train | info`.
+"""The command line: `qwen3-next generate | chat | train | info | doctor`.
 
 torch is imported inside the commands, so that `--help` answers at once. Whatever goes wrong on purpose
-(`Qwen3NextError`, a wrong option) is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+(`Qwen3NextError`, a wrong option) is one line on stderr and exit code 2; Ctrl-C is exit code 130, and 1 is for an
+operation that computes something else than it should.
 """
 
 import gc
@@ -16,18 +17,18 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from qwen3_next.errors import InputError, Qwen3NextError
+from qwen3_next.errors import BackendError, InputError, Qwen3NextError
 
 if TYPE_CHECKING:
     from qwen3_next.cli_text import Speed
 
-WRONG_USAGE, INTERRUPTED = 2, 130
+RED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 # typer carries its own click: the class of all its usage errors is reached through one that it offers.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
-    help="Qwen3-Next: write text, talk, train, and see what a model needs.",
+    help="Qwen3-Next: write text, talk, train, and see what a model needs and what this machine does.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -170,6 +171,19 @@ def info(
     console = Console()
     for table in tables(read_config(directory), "the model in the box" if directory == SHIPPED else str(model), dtype):
         console.print(table)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Show what this machine is and what runs each operation on it, and check that it computes what it should."""
+    from qwen3_next.cli_doctor import examine
+
+    red = examine(as_json)
+    if red:
+        _complain(BackendError(f"these operations are wrong on this machine: {', '.join(red)}."))
+        raise typer.Exit(RED)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

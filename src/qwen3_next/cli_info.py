@@ -78,8 +78,8 @@ def tables(config: Qwen3NextConfig, source: str, dtype_name: str) -> Iterator[Ta
     """
     if dtype_name not in WEIGHT_FORMATS:
         raise InputError(f"--dtype {dtype_name} is unknown. Allowed: {', '.join(WEIGHT_FORMATS)}.")
-    yield _two_columns(f"Qwen3-Next: {source}", _architecture(config))
-    yield _two_columns("Memory", _memory(config))
+    yield two_columns(f"Qwen3-Next: {source}", _architecture(config))
+    yield two_columns("Memory", _memory(config))
     yield _machine_table(config, dtype_name)
 
 
@@ -128,7 +128,8 @@ def _machine_table(config: Qwen3NextConfig, dtype_name: str) -> Table:
     return table
 
 
-def _two_columns(title: str, rows: Iterator[tuple[str, str]]) -> Table:
+def two_columns(title: str, rows: Iterator[tuple[str, str]]) -> Table:
+    """A table of names and values."""
     table = Table(title=title, show_header=False)
     table.add_column("what")
     table.add_column("value", justify="right")

@@ -1,0 +1,292 @@
+"""Small fresh inputs of every operation that has a twin: what `selfcheck.py` runs."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from qwen3_next.ops.attention import attention
+from qwen3_next.ops.causal_conv import ProjectionColumns, causal_conv, causal_conv_
+from qwen3_next.ops.cross_entropy import IGNORED, linear_cross_entropy
+from qwen3_next.ops.experts import route, swiglu_experts
+from qwen3_next.ops.gated_delta import gated_delta_rule, gated_delta_rule_, gated_delta_rule_recurrent
+from qwen3_next.ops.gated_delta_step import StepState, StepWeights, delta_net_step_
+from qwen3_next.ops.norm import gated_rms_norm, rms_norm
+from qwen3_next.ops.rotary import apply_rotary
+from qwen3_next.ops.segments import Segments
+from qwen3_next.ops.snapshots import Snapshots
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of the inputs. Widths are what kernels are compiled for; the number of tokens is what an input needs to be small.
+
+    Attributes:
+        lengths: of the sequences of a call.
+        rotated: pairs of dimensions that are rotated.
+    """
+
+    lengths: tuple[int, ...]
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    rotated: int
+    columns: ProjectionColumns
+    experts: int
+    top_k: int
+    expert_width: int
+    vocabulary: int
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return sum(self.lengths)
+
+
+TINY = Sizes(
+    lengths=(37, 0, 70, 1),
+    hidden=48,
+    heads=4,
+    kv_heads=2,
+    head_width=16,
+    rotated=4,
+    columns=ProjectionColumns(key_heads=2, value_heads=4, key_width=16, value_width=16),
+    experts=8,
+    top_k=3,
+    expert_width=24,
+    vocabulary=200,
+)
+"""For CPUs."""
+
+PUBLISHED = Sizes(
+    lengths=(150, 0, 70, 1),
+    hidden=2048,
+    heads=16,
+    kv_heads=2,
+    head_width=256,
+    rotated=32,
+    columns=ProjectionColumns(key_heads=16, value_heads=32, key_width=128, value_width=128),
+    experts=32,
+    top_k=10,
+    expert_width=512,
+    vocabulary=3000,
+)
+"""For GPUs: the widths of Qwen3-Next-80B-A3B, fewer experts and a smaller vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One way to call an operation.
+
+    Attributes:
+        make: fresh inputs whose tensors have the given dtype where a model's would, on the default device.
+        run: the operation as a function that changes none of its inputs, of which it gets copies where it would.
+        gradients: the indices of the inputs that it is differentiable in.
+        oracle: what defines the result where that is not `run` by the definitions.
+    """
+
+    operation: str
+    make: Callable[[torch.dtype], tuple[Any, ...]]
+    run: Callable[..., Any]
+    gradients: tuple[int, ...] = ()
+    oracle: Callable[..., Any] | None = None
+
+
+def samples(sizes: Sizes) -> Iterator[Sample]:
+    """Every operation that has a twin, each at least once."""
+    for family in (_norms, _rotary, _attention, _convolution, _delta_rule, _delta_net_step, _experts, _head):
+        yield from family(sizes)
+
+
+def converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of nested tuples, lists and dataclasses in which `convert` has been applied to every tensor."""
+    if isinstance(value, Tensor):
+        return convert(value)
+    if isinstance(value, tuple | list):
+        parts: list[Any] = [converted(part, convert) for part in cast("tuple[Any, ...] | list[Any]", value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{part.name: converted(getattr(value, part.name), convert) for part in fields(value)})
+    return value
+
+
+def _norms(s: Sizes) -> Iterator[Sample]:
+    def row(dtype: torch.dtype) -> tuple[Any, ...]:
+        return _normal(dtype, s.tokens, s.hidden), _normal(dtype, s.hidden) / 4, EPS
+
+    def heads(dtype: torch.dtype) -> tuple[Any, ...]:
+        shape = (s.tokens, s.columns.value_heads, s.columns.value_width)
+        return _normal(dtype, *shape), _normal(dtype, *shape), _normal(dtype, shape[-1]), EPS
+
+    # The definition computes in fp32 whatever it is given.
+    yield Sample(operation="rms_norm", make=row, run=rms_norm, gradients=(0, 1), oracle=_plain_norm)
+    yield Sample(operation="gated_rms_norm", make=heads, run=gated_rms_norm, gradients=(0, 1, 2))
+
+
+def _rotary(s: Sizes) -> Iterator[Sample]:
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        return _normal(dtype, s.tokens, s.heads, s.head_width), *_tables(dtype, s)
+
+    yield Sample(operation="apply_rotary", make=make, run=apply_rotary, gradients=(0,))
+
+
+def _attention(s: Sizes) -> Iterator[Sample]:
+    def make(dtype: torch.dtype, earlier: int) -> tuple[Any, ...]:
+        lengths = [length + earlier * n for n, length in enumerate(s.lengths)]
+        q = _normal(dtype, s.tokens, s.heads, s.head_width)
+        k, v = (_normal(dtype, sum(lengths), s.kv_heads, s.head_width) for _ in range(2))
+        return q, k, v, _segments(s.lengths), _segments(lengths)
+
+    for earlier in (0, 9):
+        yield Sample(
+            operation="attention",
+            make=lambda dtype, earlier=earlier: make(dtype, earlier),
+            run=attention,
+            gradients=(0, 1, 2),
+        )
+
+
+def _convolution(s: Sizes) -> Iterator[Sample]:
+    channels, taps = s.columns.channels, 4
+
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        state = _normal(dtype, len(s.lengths), channels, taps - 1)
+        return _projected(dtype, s), _normal(dtype, channels, taps) / 2, _segments(s.lengths), state, s.columns
+
+    def make_slots(dtype: torch.dtype) -> tuple[Any, ...]:
+        x, weight, segments, _, columns = make(dtype)
+        states = _normal(dtype, len(s.lengths) + 2, channels, taps - 1)
+        return x, weight, segments, states, _slots(s), columns, _snapshots(s)
+
+    yield Sample(operation="causal_conv", make=make, run=causal_conv, gradients=(0, 1, 3))
+    yield Sample(operation="causal_conv_", make=make_slots, run=_on_copies(causal_conv_, 3))
+
+
+def _delta_rule(s: Sizes) -> Iterator[Sample]:
+    c = s.columns
+
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        log_decay, beta = -2 * torch.rand(s.tokens, c.value_heads) ** 3, torch.rand(s.tokens, c.value_heads)
+        state = torch.randn(len(s.lengths), c.value_heads, c.key_width, c.value_width)
+        heads = c.heads(_normal(dtype, s.tokens, c.channels))
+        return *heads, log_decay, beta, _segments(s.lengths), state
+
+    def make_slots(dtype: torch.dtype) -> tuple[Any, ...]:
+        *fields, state = make(dtype)
+        return *fields, torch.cat([state, state[:2]]), _slots(s), _snapshots(s)
+
+    yield Sample(
+        operation="gated_delta_rule",
+        make=make,
+        run=gated_delta_rule,
+        gradients=(0, 1, 2, 3, 4, 6),
+        oracle=gated_delta_rule_recurrent,
+    )
+    yield Sample(operation="gated_delta_rule_", make=make_slots, run=_on_copies(gated_delta_rule_, 6))
+
+
+def _delta_net_step(s: Sizes) -> Iterator[Sample]:
+    c, tokens, count = s.columns, 3, len(s.lengths)
+
+    def make(dtype: torch.dtype, drafts: bool) -> tuple[Any, ...]:
+        decay, bias = torch.randn(2, c.value_heads).unbind()
+        weights = StepWeights(_normal(dtype, c.channels, 4), decay, bias, _normal(dtype, c.value_width), EPS, c)
+        state = converted(StepState.allocate(count + 2, weights, tokens, dtype), lambda x: torch.randn_like(x))
+        projected = _projected(dtype, s, count * tokens)
+        accepted = torch.arange(count, dtype=torch.int32) % (tokens + 1) if drafts else None
+        ba = _normal(dtype, count * tokens, 2 * c.value_heads)
+        return projected, ba, weights, state, _slots(s), _segments([tokens] * count), accepted
+
+    for drafts in (False, True):
+        yield Sample(
+            operation="delta_net_step_",
+            make=lambda dtype, drafts=drafts: make(dtype, drafts),
+            run=_on_copies(delta_net_step_, 3),
+        )
+
+
+def _experts(s: Sizes) -> Iterator[Sample]:
+    def make_router(dtype: torch.dtype) -> tuple[Any, ...]:
+        return *_clear_choices(dtype, s), s.top_k, True
+
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        x, router = _clear_choices(dtype, s)
+        chosen = route(x, router, s.top_k, True)
+        gate_up = _normal(dtype, s.experts, 2 * s.expert_width, s.hidden) / s.hidden**0.5
+        down = _normal(dtype, s.experts, s.hidden, s.expert_width) / s.expert_width**0.5
+        return x, gate_up, down, chosen.weights, chosen.experts
+
+    def run_router(*inputs: Any) -> tuple[Tensor, ...]:
+        routing = route(*inputs)
+        return routing.logits, routing.probabilities, routing.weights, routing.experts
+
+    yield Sample(operation="route", make=make_router, run=run_router, gradients=(0, 1))
+    yield Sample(operation="swiglu_experts", make=make, run=swiglu_experts, gradients=(0, 1, 2, 3))
+
+
+def _head(s: Sizes) -> Iterator[Sample]:
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        hidden, weight = _normal(dtype, s.tokens, s.hidden), _normal(dtype, s.vocabulary, s.hidden)
+        targets = torch.randint(s.vocabulary, (s.tokens,))
+        targets[::7] = IGNORED
+        return hidden, weight / s.hidden**0.5, targets
+
+    yield Sample(operation="linear_cross_entropy", make=make, run=linear_cross_entropy, gradients=(0, 1))
+
+
+def _plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * (1 + weight)
+
+
+def _normal(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def _projected(dtype: torch.dtype, s: Sizes, tokens: int | None = None) -> Tensor:
+    width = s.columns.channels + s.columns.key_heads * s.columns.values
+    return _normal(dtype, s.tokens if tokens is None else tokens, width)
+
+
+def _segments(lengths: list[int] | tuple[int, ...]) -> Segments:
+    return Segments.from_lengths(lengths, torch.get_default_device())
+
+
+def _slots(s: Sizes) -> Tensor:
+    return torch.arange(len(s.lengths), dtype=torch.int32).flip(0)
+
+
+def _snapshots(s: Sizes) -> Snapshots:
+    """Inside the first sequence and at its end, in the two slots that no sequence owns."""
+    count, first = len(s.lengths), s.lengths[0]
+    return Snapshots.at([first // 2, first], [count, count + 1], torch.get_default_device())
+
+
+def _tables(dtype: torch.dtype, s: Sizes) -> tuple[Tensor, Tensor]:
+    angles = torch.rand(s.tokens, 1, s.rotated) * 6
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _clear_choices(dtype: torch.dtype, s: Sizes) -> tuple[Tensor, Tensor]:
+    """Tokens and a router whose scores are so far apart that rounding changes no choice."""
+    ranks = torch.rand(s.tokens, s.experts).argsort(dim=1)
+    x = torch.randn(s.tokens, s.hidden)
+    x[:, : s.experts] = ranks / 4
+    router = torch.randn(s.experts, s.hidden) / 100 / s.hidden**0.5
+    router[:, : s.experts] = torch.eye(s.experts)
+    return x.to(dtype), router.to(dtype)
+
+
+def _on_copies(run: Callable[..., Any], state: int) -> Callable[..., Any]:
+    """Of an operation that writes to its input number `state`: what it returns, and what it leaves there."""
+
+    def copied(*inputs: Any) -> tuple[Any, Any]:
+        own = list(inputs)
+        own[state] = converted(own[state], torch.clone)
+        return run(*own), own[state]
+
+    return copied
