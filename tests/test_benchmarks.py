@@ -225,6 +225,8 @@ def test_a_peer_that_fails_spoils_no_row_and_ours_does(capsys: pytest.CaptureFix
 
     out = shown([toy(peers={"peer": peer})], {"twice": 8e-6}, capsys)
     assert "peer did not run: RuntimeError: [not] built exit 0" in out
+    out = shown([toy(timed_definition=peer)], {"twice": 8e-6}, capsys)
+    assert "the definition did not run: RuntimeError" in out
     out = shown([toy(ours=broken)], {}, capsys)
     assert "refused: the check failed: RuntimeError: no such kernel" in out.replace(
         " the check failed", " the check failed"

@@ -92,6 +92,8 @@ def measure(case: Case, clock: Clock, rates: Rates, memory: float = 24e9) -> Row
         return Row(**known, refused=f"the timed run failed: {in_a_line(fault)}")
     definition = None if case.timed_definition is None else _attempt(clock, case.timed_definition, sets, False)
     peers = {name: _attempt(clock, run, sets, case.graph) for name, run in case.peers.items() if run is not None}
+    if isinstance(definition, str):
+        peers["the definition"] = definition
     quoted = None if case.quoted is None else (case.quoted[0], scaled(case.quoted[1] * 1e-6, floor, rates))
     return Row(
         **known,

@@ -253,7 +253,7 @@ def _projected(dtype: torch.dtype, s: Sizes, tokens: int | None = None) -> Tenso
 
 
 def _segments(lengths: list[int] | tuple[int, ...]) -> Segments:
-    return Segments.from_lengths(lengths, torch.get_default_device())
+    return Segments.from_lengths(lengths)
 
 
 def _slots(s: Sizes) -> Tensor:
@@ -263,7 +263,7 @@ def _slots(s: Sizes) -> Tensor:
 def _snapshots(s: Sizes) -> Snapshots:
     """Inside the first sequence and at its end, in the two slots that no sequence owns."""
     count, first = len(s.lengths), s.lengths[0]
-    return Snapshots.at([first // 2, first], [count, count + 1], torch.get_default_device())
+    return Snapshots.at([first // 2, first], [count, count + 1])
 
 
 def _tables(dtype: torch.dtype, s: Sizes) -> tuple[Tensor, Tensor]:

@@ -124,6 +124,6 @@ class Parts:
 
 def to_device(values: Tensor, device: torch.device | str | None) -> Tensor:
     """Copy host values without making the host wait for the device."""
-    if device is None or torch.device(device).type != "cuda":
+    if device is None or values.is_cuda or torch.device(device).type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
