@@ -86,27 +86,26 @@ def chunk_gradients_kernel(
     """One chunk of one key head; equations 4 to 8. Leaves the gradient of v where it found that of X."""
     i_chunk, i_key = tl.program_id(0), tl.program_id(1)
     i_sequence = tl.load(p_sequences + i_chunk)
-    first_token = tl.load(p_cu_seqlens + i_sequence) + (i_chunk - tl.load(p_first_chunk + i_sequence)) * L
-    count = tl.load(p_cu_seqlens + i_sequence + 1) - first_token
-    # Whatever depends on the chunk is in scalars, so that one register addresses all entries of a tile.
-    i_chunk, token = i_chunk.to(tl.int64), first_token.to(tl.int64)
+    offset = (i_chunk - tl.load(p_first_chunk + i_sequence)) * L
+    p_border = p_cu_seqlens + i_sequence
+    i_chunk = i_chunk.to(tl.int64)
     p_q += i_key * DK
     p_k += i_key * DK
-    p_rstd_q += token * HK + i_key
-    p_rstd_k += token * HK + i_key
-    p_sums += token * HV
+    p_rstd_q += i_key
+    p_rstd_k += i_key
     EXACT: tl.constexpr = p_q.dtype.element_ty == tl.float32
     _query_gradients(
         p_q, p_k, p_grad_output, p_written, p_states, p_attention, p_sums, p_scales, p_rstd_q, p_rstd_k,
-        p_grad_q, p_terms, i_chunk, i_key, token, count, Q_ROW, K_ROW, HK, HV, DK, DV, BK, BV, L, EXACT,
+        p_grad_q, p_terms, p_border, offset, i_chunk, i_key, Q_ROW, K_ROW, HK, HV, DK, DV, BK, BV, L, EXACT,
     )  # fmt: skip
     tl.debug_barrier()
     _key_gradients(
         p_q, p_k, p_v, p_grad_output, p_written, p_grad_alone, p_states, p_grad_states, p_sums, p_scales,
-        p_rstd_q, p_rstd_k, p_grad_k, p_terms, i_chunk, i_key, token, count,
+        p_rstd_q, p_rstd_k, p_grad_k, p_terms, p_border, offset, i_chunk, i_key,
         Q_ROW, K_ROW, V_ROW, HK, HV, DK, DV, BK, BV, L, EXACT,
     )  # fmt: skip
     tl.debug_barrier()
+    token, count = _tokens(p_border, offset)
     for i_head in range(i_key * (HV // HK), (i_key + 1) * (HV // HK)):
         i_system = i_chunk * HV + i_head
         place = token * HV + i_head
@@ -117,19 +116,31 @@ def chunk_gradients_kernel(
 
 
 @triton.jit
+def _tokens(p_border, offset):
+    """The first token of a chunk, and how many tokens its sequence has from there on.
+
+    Loaded anew for each head: were they known outside of the loop over heads, the compiler would keep the addresses of
+    all that a head loads in registers, of which there are too few.
+    """
+    first = tl.load(p_border) + offset
+    return first.to(tl.int64), tl.load(p_border + 1) - first
+
+
+@triton.jit
 def _query_gradients(
     p_q, p_k, p_grad_output, p_written, p_states, p_attention, p_sums, p_scales, p_rstd_q, p_rstd_k,
-    p_grad_q, p_terms, i_chunk, i_key, token, count, Q_ROW: tl.constexpr, K_ROW: tl.constexpr,
+    p_grad_q, p_terms, p_border, offset, i_chunk, i_key, Q_ROW: tl.constexpr, K_ROW: tl.constexpr,
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Equation 5, and terms 0 to 2 of the gradients of the gates."""
     o_row, o_k = tl.arange(0, L), tl.arange(0, BK)
     o_line, o_other = o_row[:, None], o_row[None, :]
-    valid = o_row < count
     b_grad = tl.zeros([L, BK], dtype=tl.float32)
     for i_head in range(i_key * (HV // HK), (i_key + 1) * (HV // HK)):
         i_system = i_chunk * HV + i_head
+        token, count = _tokens(p_border, offset)
+        p_term = p_terms + i_system * (9 * L) + o_row
         b_attention = tl.zeros([L, L], dtype=tl.float32)
         b_read = tl.zeros([L, BK], dtype=tl.float32)
         for i_value in range(0, DV, BV):
@@ -139,30 +150,29 @@ def _query_gradients(
             b_attention = dot(b_output, tl.trans(b_written), b_attention)
             b_state = _load_state(p_states + i_system * (DK * DV), o_k, o_column, DK, DV)
             b_read = dot(b_output, tl.trans(b_state), b_read)
-        b_decays = tl.where(
-            o_line > o_other, b_attention * load_square(p_attention + i_system * (L * L), L).to(tl.float32), 0.0
-        )
-        p_term = p_terms + i_system * (9 * L) + o_row
-        tl.store(p_term, tl.sum(b_decays, axis=1))
-        tl.store(p_term + L, tl.sum(b_decays, axis=0))
-        rstd_q = tl.load(p_rstd_q + o_row * HK, valid, other=0.0)
-        rstd_k = tl.load(p_rstd_k + o_row * HK, valid, other=0.0)
-        b_attention *= _ratios(p_sums + i_head, o_line, o_other, o_line >= o_other, count, HV, EXACT)
-        b_k = load_rows(p_k, token, K_ROW, o_k, DK, count, L)
-        b_grad = dot((b_attention * rstd_q[:, None] * rstd_k[None, :]).to(b_k.dtype), b_k, b_grad)
         b_read *= tl.load(p_scales + i_system * (4 * L) + 3 * L + o_row)[:, None]
         b_q = load_rows(p_q, token, Q_ROW, o_k, DK, count, L)
         tl.store(p_term + 2 * L, tl.sum(b_q.to(tl.float32) * b_read, axis=1))
         b_grad += b_read
+        b_given = load_square(p_attention + i_system * (L * L), L).to(tl.float32)
+        b_decays = tl.where(o_line > o_other, b_attention * b_given, 0.0)
+        tl.store(p_term, tl.sum(b_decays, axis=1))
+        tl.store(p_term + L, tl.sum(b_decays, axis=0))
+        b_attention *= _ratios(p_sums + token * HV + i_head, o_line, o_other, o_line >= o_other, count, HV, EXACT)
+        b_attention *= _load_scales(p_rstd_q + token * HK, HK, count, L)[:, None]
+        b_attention *= _load_scales(p_rstd_k + token * HK, HK, count, L)[None, :]
+        b_k = load_rows(p_k, token, K_ROW, o_k, DK, count, L)
+        b_grad = dot(b_attention.to(b_k.dtype), b_k, b_grad)
+    token, count = _tokens(p_border, offset)
     b_q = load_rows(p_q, token, Q_ROW, o_k, DK, count, L)
-    rstd_q = tl.load(p_rstd_q + o_row * HK, valid, other=0.0)
-    _store_key(p_grad_q + (token * HK + i_key) * DK, b_grad, b_q, rstd_q * rstd_q * DK, valid, HK, DK, BK)
+    rstd_q = _load_scales(p_rstd_q + token * HK, HK, count, L)
+    _store_key(p_grad_q + (token * HK + i_key) * DK, b_grad, b_q, rstd_q * rstd_q * DK, count, HK, DK, BK)
 
 
 @triton.jit
 def _key_gradients(
     p_q, p_k, p_v, p_grad_output, p_written, p_grad_alone, p_states, p_grad_states, p_sums, p_scales,
-    p_rstd_q, p_rstd_k, p_grad_k, p_terms, i_chunk, i_key, token, count,
+    p_rstd_q, p_rstd_k, p_grad_k, p_terms, p_border, offset, i_chunk, i_key,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, EXACT: tl.constexpr,
@@ -170,18 +180,16 @@ def _key_gradients(
     """Equations 4 and 6, and terms 3 to 8 of the gradients of the gates."""
     o_row, o_k = tl.arange(0, L), tl.arange(0, BK)
     o_line, o_other = o_row[:, None], o_row[None, :]
-    valid = o_row < count
-    rstd_q = tl.load(p_rstd_q + o_row * HK, valid, other=0.0)
-    rstd_k = tl.load(p_rstd_k + o_row * HK, valid, other=0.0)
     b_grad = tl.zeros([L, BK], dtype=tl.float32)
     for i_head in range(i_key * (HV // HK), (i_key + 1) * (HV // HK)):
         i_system = i_chunk * HV + i_head
-        p_sum, p_scale = p_sums + i_head, p_scales + i_system * (4 * L) + o_row
+        token, count = _tokens(p_border, offset)
+        p_sum, p_scale = p_sums + token * HV + i_head, p_scales + i_system * (4 * L) + o_row
         p_values, p_alone = p_written + i_head * DV, p_grad_alone + i_head * DV
-        beta, p_term = tl.load(p_scale), p_terms + i_system * (9 * L) + o_row
+        p_term = p_terms + i_system * (9 * L) + o_row
 
-        # From the products of the values among themselves. `b_ahead...` are transposes: of later tokens by row.
-        b_system, b_ahead = tl.zeros([L, L], dtype=tl.float32), tl.zeros([L, L], dtype=tl.float32)
+        # From the products of the values among themselves.
+        b_system = tl.zeros([L, L], dtype=tl.float32)
         along_v = tl.zeros([L], dtype=tl.float32)
         for i_value in range(0, DV, BV):
             o_column = i_value + tl.arange(0, BV)
@@ -190,26 +198,36 @@ def _key_gradients(
             along_v += tl.sum(b_alone.to(tl.float32) * b_v.to(tl.float32), axis=1)
             b_written = load_rows(p_values, token, HV * DV, o_column, DV, count, L)
             b_system = dot(b_alone, tl.trans(b_written), b_system)
-            b_ahead = dot(b_written, tl.trans(b_alone), b_ahead)
+        tl.store(p_term + 3 * L, along_v)
         b_k = load_rows(p_k, token, K_ROW, o_k, DK, count, L)
         b_system *= _ratios(p_sum, o_line, o_other, o_line > o_other, count, HV, EXACT)
-        b_corrections = dot(b_k, tl.trans(b_k)) * rstd_k[:, None] * rstd_k[None, :] * b_system
-        tl.store(p_term + 3 * L, along_v)
+        b_system *= _load_scales(p_rstd_k + token * HK, HK, count, L)[:, None]
+        b_system *= _load_scales(p_rstd_k + token * HK, HK, count, L)[None, :]
+        b_corrections = dot(b_k, tl.trans(b_k)) * b_system
         tl.store(p_term + 4 * L, tl.sum(b_corrections, axis=1))
+        beta = tl.load(p_scale)
         tl.store(p_term + 5 * L, tl.sum(b_corrections * beta[:, None], axis=0))
-        b_ahead *= _ratios(p_sum, o_other, o_line, o_line < o_other, count, HV, EXACT)
-        b_mutual = (beta[:, None] * b_system + beta[None, :] * b_ahead) * -rstd_k[:, None] * rstd_k[None, :]
-        b_grad = dot(b_mutual.to(b_k.dtype), b_k, b_grad)
-        b_ahead = tl.zeros([L, L], dtype=tl.float32)
+        b_grad = dot((b_system * -beta[:, None]).to(b_k.dtype), b_k, b_grad)
+
+        # The transposes: what later tokens give to earlier ones.
+        b_system, b_attention = tl.zeros([L, L], dtype=tl.float32), tl.zeros([L, L], dtype=tl.float32)
         for i_value in range(0, DV, BV):
             o_column = i_value + tl.arange(0, BV)
             b_written = load_rows(p_values, token, HV * DV, o_column, DV, count, L)
+            b_alone = load_rows(p_alone, token, HV * DV, o_column, DV, count, L)
+            b_system = dot(b_written, tl.trans(b_alone), b_system)
             b_output = load_rows(p_grad_output + i_head * DV, token, HV * DV, o_column, DV, count, L)
-            b_ahead = dot(b_written, tl.trans(b_output), b_ahead)
+            b_attention = dot(b_written, tl.trans(b_output), b_attention)
+        b_ratios = _ratios(p_sum, o_other, o_line, o_line <= o_other, count, HV, EXACT)
+        b_ratios *= _load_scales(p_rstd_k + token * HK, HK, count, L)[:, None]
+        b_attention *= b_ratios
+        b_system *= tl.where(o_line < o_other, -b_ratios, 0.0)
+        b_attention *= _load_scales(p_rstd_q + token * HK, HK, count, L)[None, :]
         b_q = load_rows(p_q, token, Q_ROW, o_k, DK, count, L)
-        b_ahead *= _ratios(p_sum, o_other, o_line, o_line <= o_other, count, HV, EXACT)
-        b_ahead = b_ahead * rstd_k[:, None] * rstd_q[None, :]
-        b_grad = dot(b_ahead.to(b_q.dtype), b_q, b_grad)
+        b_grad = dot(b_attention.to(b_q.dtype), b_q, b_grad)
+        b_system *= (_load_scales(p_rstd_k + token * HK, HK, count, L) * tl.load(p_scale))[None, :]
+        b_k = load_rows(p_k, token, K_ROW, o_k, DK, count, L)
+        b_grad = dot(b_system.to(b_k.dtype), b_k, b_grad)
 
         # From the state that enters.
         b_read = tl.zeros([L, BK], dtype=tl.float32)
@@ -218,13 +236,14 @@ def _key_gradients(
             b_alone = load_rows(p_alone, token, HV * DV, o_column, DV, count, L)
             b_state = _load_state(p_states + i_system * (DK * DV), o_k, o_column, DK, DV)
             b_read = dot(b_alone, tl.trans(b_state), b_read)
-            is_value = valid[:, None] & (o_column < DV)[None, :]
+            beta = tl.load(p_scale)
+            is_value = (o_line < count) & (o_column < DV)[None, :]
             p_place = p_alone + token * (HV * DV) + (o_line * (HV * DV) + o_column[None, :])
             tl.store(p_place, (b_alone.to(tl.float32) * beta[:, None]).to(b_alone.dtype), is_value)
         b_read *= tl.load(p_scale + L)[:, None]
         b_k = load_rows(p_k, token, K_ROW, o_k, DK, count, L)
         tl.store(p_term + 6 * L, tl.sum(b_k.to(tl.float32) * b_read, axis=1))
-        b_grad -= beta[:, None] * b_read
+        b_grad -= tl.load(p_scale)[:, None] * b_read
 
         # From the state that leaves.
         b_write = tl.zeros([L, BK], dtype=tl.float32)
@@ -241,8 +260,10 @@ def _key_gradients(
         tl.store(p_term + 7 * L, tl.sum(b_k.to(tl.float32) * b_write, axis=1))
         tl.store(p_terms + i_system * (9 * L) + 8 * L, kept)
         b_grad += b_write
+    token, count = _tokens(p_border, offset)
     b_k = load_rows(p_k, token, K_ROW, o_k, DK, count, L)
-    _store_key(p_grad_k + (token * HK + i_key) * DK, b_grad, b_k, rstd_k * rstd_k, valid, HK, DK, BK)
+    rstd_k = _load_scales(p_rstd_k + token * HK, HK, count, L)
+    _store_key(p_grad_k + (token * HK + i_key) * DK, b_grad, b_k, rstd_k * rstd_k, count, HK, DK, BK)
 
 
 @triton.jit
@@ -262,6 +283,12 @@ def _gate_gradients(p_terms, p_scales, decay, p_grad_log_decay, p_grad_beta, cou
     kept = tl.load(p_terms + 8 * L) * decay
     grad_log_decay = tl.sum(terms, axis=1) + kept
     tl.store(p_grad_log_decay + o_row * HV, grad_log_decay.to(p_grad_log_decay.dtype.element_ty), valid)
+
+
+@triton.jit
+def _load_scales(p_x, ROW: tl.constexpr, count, L: tl.constexpr):
+    """One number for each row; 0 beyond `count`."""
+    return tl.load(p_x + tl.arange(0, L) * ROW, tl.arange(0, L) < count, other=0.0)
 
 
 @triton.jit
@@ -285,11 +312,11 @@ def _ratios(p_sums, o_later, o_earlier, mask, count, HV: tl.constexpr, EXACT: tl
 
 
 @triton.jit
-def _store_key(p_grad, b_grad, b_x, scale, valid, HK: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr):
+def _store_key(p_grad, b_grad, b_x, scale, count, HK: tl.constexpr, DK: tl.constexpr, BK: tl.constexpr):
     """The gradient of x from that of x / |x|, which already has the factor 1 / |x|: less its part along x."""
     o_k = tl.arange(0, BK)
     along = tl.sum(b_x.to(tl.float32) * b_grad, axis=1) * scale
     b_grad -= b_x.to(tl.float32) * along[:, None]
-    is_key = valid[:, None] & (o_k < DK)[None, :]
-    o_grad = tl.arange(0, b_grad.shape[0])[:, None] * (HK * DK) + o_k[None, :]
-    tl.store(p_grad + o_grad, b_grad.to(p_grad.dtype.element_ty), is_key)
+    o_line = tl.arange(0, b_grad.shape[0])[:, None]
+    is_key = (o_line < count) & (o_k < DK)[None, :]
+    tl.store(p_grad + (o_line * (HK * DK) + o_k[None, :]), b_grad.to(p_grad.dtype.element_ty), is_key)
