@@ -119,8 +119,8 @@ def chunk_gradients_kernel(
 def _tokens(p_border, offset):
     """The first token of a chunk, and how many tokens its sequence has from there on.
 
-    Loaded anew for each head: were they known outside of the loop over heads, the compiler would keep the addresses of
-    all that a head loads in registers, of which there are too few.
+    Loaded anew for each step: from values that it knows to be the same, the compiler would find the addresses of all
+    steps at once and keep them in registers, of which there are too few.
     """
     first = tl.load(p_border) + offset
     return first.to(tl.int64), tl.load(p_border + 1) - first
@@ -154,6 +154,7 @@ def _query_gradients(
         b_q = load_rows(p_q, token, Q_ROW, o_k, DK, count, L)
         tl.store(p_term + 2 * L, tl.sum(b_q.to(tl.float32) * b_read, axis=1))
         b_grad += b_read
+        token, count = _tokens(p_border, offset)
         b_given = load_square(p_attention + i_system * (L * L), L).to(tl.float32)
         b_decays = tl.where(o_line > o_other, b_attention * b_given, 0.0)
         tl.store(p_term, tl.sum(b_decays, axis=1))
@@ -184,7 +185,7 @@ def _key_gradients(
     for i_head in range(i_key * (HV // HK), (i_key + 1) * (HV // HK)):
         i_system = i_chunk * HV + i_head
         token, count = _tokens(p_border, offset)
-        p_sum, p_scale = p_sums + token * HV + i_head, p_scales + i_system * (4 * L) + o_row
+        p_scale = p_scales + i_system * (4 * L) + o_row
         p_values, p_alone = p_written + i_head * DV, p_grad_alone + i_head * DV
         p_term = p_terms + i_system * (9 * L) + o_row
 
@@ -200,7 +201,7 @@ def _key_gradients(
             b_system = dot(b_alone, tl.trans(b_written), b_system)
         tl.store(p_term + 3 * L, along_v)
         b_k = load_rows(p_k, token, K_ROW, o_k, DK, count, L)
-        b_system *= _ratios(p_sum, o_line, o_other, o_line > o_other, count, HV, EXACT)
+        b_system *= _ratios(p_sums + token * HV + i_head, o_line, o_other, o_line > o_other, count, HV, EXACT)
         b_system *= _load_scales(p_rstd_k + token * HK, HK, count, L)[:, None]
         b_system *= _load_scales(p_rstd_k + token * HK, HK, count, L)[None, :]
         b_corrections = dot(b_k, tl.trans(b_k)) * b_system
@@ -210,6 +211,7 @@ def _key_gradients(
         b_grad = dot((b_system * -beta[:, None]).to(b_k.dtype), b_k, b_grad)
 
         # The transposes: what later tokens give to earlier ones.
+        token, count = _tokens(p_border, offset)
         b_system, b_attention = tl.zeros([L, L], dtype=tl.float32), tl.zeros([L, L], dtype=tl.float32)
         for i_value in range(0, DV, BV):
             o_column = i_value + tl.arange(0, BV)
@@ -218,7 +220,7 @@ def _key_gradients(
             b_system = dot(b_written, tl.trans(b_alone), b_system)
             b_output = load_rows(p_grad_output + i_head * DV, token, HV * DV, o_column, DV, count, L)
             b_attention = dot(b_written, tl.trans(b_output), b_attention)
-        b_ratios = _ratios(p_sum, o_other, o_line, o_line <= o_other, count, HV, EXACT)
+        b_ratios = _ratios(p_sums + token * HV + i_head, o_other, o_line, o_line <= o_other, count, HV, EXACT)
         b_ratios *= _load_scales(p_rstd_k + token * HK, HK, count, L)[:, None]
         b_attention *= b_ratios
         b_system *= tl.where(o_line < o_other, -b_ratios, 0.0)
@@ -230,6 +232,7 @@ def _key_gradients(
         b_grad = dot(b_system.to(b_k.dtype), b_k, b_grad)
 
         # From the state that enters.
+        token, count = _tokens(p_border, offset)
         b_read = tl.zeros([L, BK], dtype=tl.float32)
         for i_value in range(0, DV, BV):
             o_column = i_value + tl.arange(0, BV)
@@ -246,6 +249,7 @@ def _key_gradients(
         b_grad -= tl.load(p_scale)[:, None] * b_read
 
         # From the state that leaves.
+        token, count = _tokens(p_border, offset)
         b_write = tl.zeros([L, BK], dtype=tl.float32)
         kept = 0.0
         for i_value in range(0, DV, BV):
