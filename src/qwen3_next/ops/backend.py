@@ -77,7 +77,7 @@ def accelerated(twin: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
-def refuses(reason: Callable[P, str | None]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def refuses(reason: Callable[..., str | None]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Mark a twin as unable to take some arguments.
 
     Args:

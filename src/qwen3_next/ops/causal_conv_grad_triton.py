@@ -1,5 +1,6 @@
 """The gradients of the causal convolution on the GPU."""
-# pyright: basic
+# pyright: basic, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# (the two: tuples that unrolled loops of kernels fill)
 
 import torch
 import triton

@@ -3,7 +3,8 @@
 A program takes a block of channels through one part of a sequence (`Segments.cut`), token by token, and keeps the last
 three inputs in registers: every input is read once.
 """
-# pyright: basic
+# pyright: basic, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# (the two: tuples that unrolled loops of kernels fill)
 
 from typing import Any
 
@@ -96,7 +97,8 @@ class _CausalConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight, initial_state)
         ctx.segments, ctx.columns = segments, columns
         ctx.set_materialize_grads(False)
-        return tuple(_forward(x, weight, initial_state, segments, columns))
+        output, final_state = _forward(x, weight, initial_state, segments, columns)
+        return output, final_state
 
     @staticmethod
     @once_differentiable
@@ -106,11 +108,11 @@ class _CausalConv(torch.autograd.Function):
         d_weight = weight.new_zeros(weight.shape) if ctx.needs_input_grad[1] else None
         d_initial = _gradient_without_tokens(initial_state, d_final) if ctx.needs_input_grad[2] else None
         if ctx.segments.total:
-            d_output = x.new_zeros(x.shape[0], weight.shape[0]) if d_output is None else d_output.contiguous()
-            d_final = None if d_final is None else d_final.contiguous()
+            filled = x.new_zeros(x.shape[0], weight.shape[0]) if d_output is None else d_output.contiguous()
+            given = (filled, None if d_final is None else d_final.contiguous())
             saved = (rows_of(x), weight.contiguous(), initial_state)
-            partial = differentiate(saved, ctx.segments, ctx.columns, (d_output, d_final), (d_x, d_weight, d_initial))
-            d_weight = None if d_weight is None else partial.sum(0).t().to(weight.dtype).contiguous()
+            partial = differentiate(saved, ctx.segments, ctx.columns, given, (d_x, d_weight, d_initial))
+            d_weight = None if partial is None else partial.sum(0).t().to(weight.dtype).contiguous()
         return d_x, d_weight, d_initial, None, None
 
 
