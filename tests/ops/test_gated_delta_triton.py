@@ -161,26 +161,6 @@ def test_no_tokens_keep_the_state(lengths: list[int]) -> None:
     assert result.output.shape == inputs[2].shape
 
 
-def test_entering_states_and_writes_are_kept_on_demand(fresh_seed: int) -> None:
-    torch.manual_seed(fresh_seed)
-    q, k, v, log_decay, beta = random_inputs(133)
-    segments = Segments.from_lengths([130, 3], DEVICE)
-    state = random_states(2, [q, k, v])
-    systems = kernels.solve_chunks(q, k, log_decay, beta, segments)
-    result = kernels.scan_chunks(q, k, v, beta, systems, segments, state, store_states=True)
-    for chunk, (start, stop) in enumerate([(0, 0), (0, 64), (0, 128), (130, 130)]):
-        rows, entering = slice(start, stop), state[start // 130 : start // 130 + 1]
-        part = Segments.from_lengths([stop - start], DEVICE)
-        expected = gated_delta_rule(q[rows], k[rows], v[rows], log_decay[rows], beta[rows], part, entering)
-        assert relative_error(result.states[chunk], expected.final_state[0]) <= EXACT
-    # With k of length 1 and one token, the state is the old one, faded, plus k written^T.
-    part = Segments.from_lengths([1], DEVICE)
-    after = gated_delta_rule(q[130:131], k[130:131], v[130:131], log_decay[130:131], beta[130:131], part, state[1:])
-    added = after.final_state[0] - state[1] * log_decay[130].exp()[:, None, None]
-    key = k[130, 0] / k[130, 0].norm()
-    assert relative_error(result.written[130], torch.einsum("hkv,k->hv", added, key)) <= 10 * EXACT
-
-
 def test_what_the_kernels_cannot_take_is_refused() -> None:
     segments = Segments.from_lengths([3], DEVICE)
     with use("triton"):

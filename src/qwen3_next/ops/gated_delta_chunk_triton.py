@@ -51,14 +51,10 @@ class ScanResult(NamedTuple):
     Attributes:
         output: in `v.dtype`.
         final_state: fp32.
-        states: the state that enters each chunk, in `v.dtype`; None unless asked for.
-        written: the values that the tokens write, `beta (v - S^T k)`, in `v.dtype`; None unless asked for.
     """
 
     output: Float[Tensor, "T Hv Dv"]
     final_state: Float[Tensor, "N Hv Dk Dv"]
-    states: Float[Tensor, "G Hv Dk Dv"] | None
-    written: Float[Tensor, "T Hv Dv"] | None
 
 
 def solve_chunks(
@@ -100,10 +96,8 @@ def scan_chunks(
     systems: ChunkSystems,
     segments: Segments,
     initial_state: Float[Tensor, "N Hv Dk Dv"] | None,
-    *,
-    store_states: bool = False,
 ) -> ScanResult:
-    """Carry the states through the chunks of their sequences; `store_states` keeps them and what was written."""
+    """Carry the states through the chunks of their sequences."""
     shape = (segments.count, v.shape[1], k.shape[2], v.shape[2])
     initial_state = None if initial_state is None else initial_state.contiguous()
     if 0 not in segments.lengths:
@@ -112,12 +106,8 @@ def scan_chunks(
         final_state = v.new_zeros(shape, dtype=torch.float32)
     else:
         final_state = initial_state.float().clone()
-    states = written = None
-    if store_states:
-        states, written = v.new_empty(segments.cut(CHUNK).count, *shape[1:]), v.new_empty(v.shape)
-    places = States(initial_state, final_state, None, None)
-    output = walk(q, k, v, systems, segments, places, (states, written))
-    return ScanResult(output, final_state, states, written)
+    output = walk(q, k, v, systems, segments, States(initial_state, final_state, None, None))
+    return ScanResult(output, final_state)
 
 
 class States(NamedTuple):
@@ -130,10 +120,9 @@ class States(NamedTuple):
 
 
 def walk(
-    q: Tensor, k: Tensor, v: Tensor, systems: ChunkSystems, segments: Segments, places: States,
-    kept: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> Float[Tensor, "T Hv Dv"]:  # fmt: skip
-    """The output of every token; final states and snapshots go to `places`, entering states and writes to `kept`."""
+    q: Tensor, k: Tensor, v: Tensor, systems: ChunkSystems, segments: Segments, places: States
+) -> Float[Tensor, "T Hv Dv"]:
+    """The output of every token; final states and snapshots go to `places`."""
     q, k, v = by_token(q), by_token(k), by_token(v)
     output = v.new_empty(v.shape)
     if segments.total == 0:
@@ -146,19 +135,18 @@ def walk(
     split = pieces.count > segments.count - segments.lengths.count(0)
     if split:
         initial = _entering_states(k, v, systems, chunks, pieces, places)
-    states, written = kept
     snapshots = places.snapshots
     taken = 0 if snapshots is None else len(snapshots.positions)
     after, targets = (None, None) if snapshots is None else (snapshots.after, snapshots.slots)
     scan_kernel[(triton.cdiv(dv, block), value_heads, pieces.count)](
         *(q, k, v, systems.inverse, systems.attention, systems.scales, systems.decay, systems.sums, systems.rstd_k),
-        *(output, written, states, initial, places.final, slots, after, targets),
+        *(output, None, None, initial, places.final, slots, after, targets),
         *(chunks.cu_seqlens, chunks.first, pieces.first, pieces.sequences),
         *(0 if initial is None else initial.stride(0), places.final.stride(0), pieces.size, taken),
         Q_ROW=q.stride(0), K_ROW=k.stride(0), V_ROW=v.stride(0),
         HK=key_heads, HV=value_heads, DK=dk, DV=dv, BK=padded_width(dk), BV=block, L=CHUNK,
         BS=triton.next_power_of_2(taken) if taken else 0, SPLIT=split, SLOTS=slots is not None,
-        STORE=states is not None, num_warps=warps, num_stages=stages,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return output
 

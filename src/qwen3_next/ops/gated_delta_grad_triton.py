@@ -43,10 +43,9 @@ from qwen3_next.ops.gated_delta_chunk_triton import (
     ChunkSystems,
     by_token,
     padded_width,
-    scan_chunks,
     solve_chunks,
 )
-from qwen3_next.ops.gated_delta_scan_grad_triton import chunk_gradients_kernel, walk_back_kernel
+from qwen3_next.ops.gated_delta_scan_grad_triton import chunk_gradients_kernel, walks_kernel
 from qwen3_next.ops.segments import Segments
 
 
@@ -80,76 +79,87 @@ def gated_delta_backward(
     """
     if systems is None:
         systems = solve_chunks(q, k, log_decay, beta, segments)
-    scan = scan_chunks(q, k, v, beta, systems, segments, initial_state, store_states=True)
     grad_output = v.new_zeros(v.shape) if grad_output is None else grad_output.to(v.dtype).contiguous()
-    back = _walk_back(q, k, v, systems, segments, initial_state, grad_output, grad_final_state)
-    assert scan.states is not None
-    assert scan.written is not None
-    return _chunk_gradients(q, k, v, log_decay, beta, systems, segments, grad_output, (scan.states, scan.written), back)
+    walks = _walk(q, k, v, systems, segments, initial_state, grad_output, grad_final_state)
+    return _chunk_gradients(q, k, v, log_decay, beta, systems, segments, grad_output, walks)
 
 
-class _WalkBack(NamedTuple):
-    """The gradients of X, of the state that leaves each chunk, and of the initial state."""
+class _Walks(NamedTuple):
+    """What the two walks over the chunks find.
 
-    alone: Float[Tensor, "T Hv Dv"]
+    Attributes:
+        states: S, the state that enters each chunk, and `written`: Z, both in `v.dtype`.
+        grad_states: dS', that of the state that leaves each chunk, and `grad_alone`: dX, both in `v.dtype`.
+        grad_initial: dS of the first chunks.
+    """
+
     states: Float[Tensor, "G Hv Dk Dv"]
-    initial_state: Float[Tensor, "N Hv Dk Dv"] | None
+    written: Float[Tensor, "T Hv Dv"]
+    grad_states: Float[Tensor, "G Hv Dk Dv"]
+    grad_alone: Float[Tensor, "T Hv Dv"]
+    grad_initial: Float[Tensor, "N Hv Dk Dv"] | None
 
 
-def _walk_back(
+def _walk(
     q: Tensor, k: Tensor, v: Tensor, systems: ChunkSystems, segments: Segments, initial_state: Tensor | None,
     grad_output: Tensor, grad_final_state: Tensor | None,
-) -> _WalkBack:  # fmt: skip
-    """Equations 1 to 3."""
-    q, k = by_token(q), by_token(k)
+) -> _Walks:  # fmt: skip
+    """The states again, and equations 1 to 3."""
+    q, k, v = by_token(q), by_token(k), by_token(v)
     (_, key_heads, dk), (_, value_heads, dv) = k.shape, v.shape
-    chunks, sequences = segments.cut(CHUNK), segments.cut(max(1, segments.max_length))
-    alone, states = v.new_empty(v.shape), v.new_empty(chunks.count, value_heads, dk, dv)
+    longest = max(1, segments.max_length)
+    chunks, sequences = segments.cut(CHUNK), segments.cut(triton.cdiv(longest, CHUNK) * CHUNK)
+    states, grad_states = (v.new_empty(chunks.count, value_heads, dk, dv) for _ in range(2))
+    written, grad_alone = v.new_empty(v.shape), v.new_empty(v.shape)
     grad_final_state = None if grad_final_state is None else grad_final_state.contiguous()
-    initial = None
+    grad_initial = None
     if initial_state is not None:
         # A sequence without tokens passes the gradient of its final state through.
-        shape, dtype = initial_state.shape, initial_state.dtype
-        initial = v.new_zeros(shape, dtype=dtype) if grad_final_state is None else grad_final_state.to(dtype, copy=True)
+        initial_state = initial_state.contiguous()
+        grad_initial = torch.zeros_like(initial_state)
+        if grad_final_state is not None and 0 in segments.lengths:
+            grad_initial.copy_(grad_final_state)
     if chunks.count:
         block, warps, stages = _walk_configuration(dk, dv, v.dtype)
-        walk_back_kernel[(triton.cdiv(dv, block), value_heads, sequences.count)](
-            *(q, k, grad_output, systems.inverse, systems.attention, systems.scales, systems.decay),
-            *(alone, states, grad_final_state, initial, chunks.cu_seqlens, chunks.first, sequences.sequences),
-            Q_ROW=q.stride(0), K_ROW=k.stride(0), HK=key_heads, HV=value_heads, DK=dk, DV=dv, BK=padded_width(dk),
-            BV=block, L=CHUNK, num_warps=warps, num_stages=stages,
+        walks_kernel[(2 * triton.cdiv(dv, block), value_heads, sequences.count)](
+            *(q, k, v, grad_output, systems.inverse, systems.attention, systems.scales, systems.decay),
+            *(initial_state, grad_final_state, states, written, grad_states, grad_alone, grad_initial),
+            *(chunks.cu_seqlens, chunks.first, sequences.first, sequences.sequences),
+            *(value_heads * dk * dv, sequences.size),
+            Q_ROW=q.stride(0), K_ROW=k.stride(0), V_ROW=v.stride(0), HK=key_heads, HV=value_heads, DK=dk, DV=dv,
+            BK=padded_width(dk), BV=block, L=CHUNK, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    return _WalkBack(alone, states, initial)
+    return _Walks(states, written, grad_states, grad_alone, grad_initial)
 
 
 def _chunk_gradients(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, systems: ChunkSystems, segments: Segments,
-    grad_output: Tensor, kept: tuple[Tensor, Tensor], back: _WalkBack,
+    grad_output: Tensor, walks: _Walks,
 ) -> GatedDeltaGradients:  # fmt: skip
     """Equations 4 to 8; the gradient of v takes the place of that of X."""
     q, k, v = by_token(q), by_token(k), by_token(v)
     (_, key_heads, dk), (_, value_heads, dv) = k.shape, v.shape
-    chunks, (states, written) = segments.cut(CHUNK), kept
+    chunks = segments.cut(CHUNK)
     grad_q, grad_k = q.new_empty(q.shape), k.new_empty(k.shape)
     grad_log_decay, grad_beta = log_decay.new_empty(log_decay.shape), beta.new_empty(beta.shape)
     if chunks.count:
         block, warps = _chunk_configuration(dk, dv, v.dtype)
         terms = v.new_empty(chunks.count, value_heads, 9, CHUNK, dtype=torch.float32)
         chunk_gradients_kernel[(chunks.count, key_heads)](
-            *(q, k, v, grad_output, written, back.alone, states, back.states, systems.attention, systems.sums),
-            *(systems.scales, systems.decay, systems.rstd_q, systems.rstd_k),
+            *(q, k, v, grad_output, walks.written, walks.grad_alone, walks.states, walks.grad_states),
+            *(systems.attention, systems.sums, systems.scales, systems.decay, systems.rstd_q, systems.rstd_k),
             *(grad_q, grad_k, grad_log_decay, grad_beta, terms, chunks.cu_seqlens, chunks.first, chunks.sequences),
             Q_ROW=q.stride(0), K_ROW=k.stride(0), V_ROW=v.stride(0), HK=key_heads, HV=value_heads, DK=dk, DV=dv,
             BK=padded_width(dk), BV=block, L=CHUNK, num_warps=warps, num_stages=1,
         )  # fmt: skip
-    return GatedDeltaGradients(grad_q, grad_k, back.alone, grad_log_decay, grad_beta, back.initial_state)
+    return GatedDeltaGradients(grad_q, grad_k, walks.grad_alone, grad_log_decay, grad_beta, walks.grad_initial)
 
 
 def _walk_configuration(dk: int, dv: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Columns of the state in a program of the walk back, warps, stages of its loads. For H100 and H200."""
+    """Columns of the state in a program of the walks, warps, stages of its loads. For H100 and H200."""
     if dtype == torch.float32:
         return 16, 8, 1
-    return (min(32, padded_width(dv)), 8, 2) if dk > 128 else (min(64, padded_width(dv)), 4, 2)
+    return (min(32, padded_width(dv)), 8, 2) if dk > 128 else (min(64, padded_width(dv)), 4, 3 if dk > 64 else 2)
 
 
 def _chunk_configuration(dk: int, dv: int, dtype: torch.dtype) -> tuple[int, int]:

@@ -10,22 +10,50 @@ import triton
 import triton.language as tl
 
 from qwen3_next.ops.common_triton import dot
-from qwen3_next.ops.gated_delta_scan_triton import load_rows, load_square, store_state
+from qwen3_next.ops.gated_delta_scan_triton import load_rows, load_square, scan_kernel, store_state
 
 
 @triton.jit
-def walk_back_kernel(
-    p_q, p_k, p_grad_output, p_inverse, p_attention, p_scales, p_decay,
-    p_grad_alone, p_grad_states, p_grad_final, p_grad_initial, p_cu_seqlens, p_first_chunk, p_sequences,
+def walks_kernel(
+    p_q, p_k, p_v, p_grad_output, p_inverse, p_attention, p_scales, p_decay, p_initial, p_grad_final,
+    p_states, p_written, p_grad_states, p_grad_alone, p_grad_initial,
+    p_cu_seqlens, p_first_chunk, p_first_sequence, p_sequences, initial_stride, longest,
+    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """One sequence, one value head, BV columns of its state: half of the programs walk forth, half of them back.
+
+    Neither walk needs the other, and with one sequence, one alone would leave half of the card idle.
+    """
+    columns: tl.constexpr = (DV + BV - 1) // BV
+    if tl.program_id(0) < columns:
+        scan_kernel(
+            p_q, p_k, p_v, p_inverse, None, p_scales, p_decay, None, None,
+            None, p_written, p_states, p_initial, None, None, None, None,
+            p_cu_seqlens, p_first_chunk, p_first_sequence, p_sequences, initial_stride, 0, longest, 0,
+            Q_ROW, K_ROW, V_ROW, HK, HV, DK, DV, BK, BV, L, BS=0, SPLIT=False, SLOTS=False,
+        )  # fmt: skip
+    else:
+        _walk_back(
+            p_q, p_k, p_grad_output, p_inverse, p_attention, p_scales, p_decay, p_grad_final,
+            p_grad_states, p_grad_alone, p_grad_initial, p_cu_seqlens, p_first_chunk, p_sequences,
+            tl.program_id(0) - columns, Q_ROW, K_ROW, HK, HV, DK, DV, BK, BV, L,
+        )  # fmt: skip
+
+
+@triton.jit
+def _walk_back(
+    p_q, p_k, p_grad_output, p_inverse, p_attention, p_scales, p_decay, p_grad_final,
+    p_grad_states, p_grad_alone, p_grad_initial, p_cu_seqlens, p_first_chunk, p_sequences, i_column,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """One sequence, one value head, BV columns of its state, from the last chunk to the first; equations 1 to 3.
+    """From the last chunk to the first; equations 1 to 3.
 
     It keeps the transpose of the state's gradient, so that each product of the serial chain finds the result of the
     one before it in registers, as its left operand.
     """
-    i_column, i_head = tl.program_id(0), tl.program_id(1)
+    i_head = tl.program_id(1)
     i_sequence = tl.load(p_sequences + tl.program_id(2))
     begin = tl.load(p_cu_seqlens + i_sequence)
     length = tl.load(p_cu_seqlens + i_sequence + 1) - begin
@@ -56,17 +84,19 @@ def walk_back_kernel(
         b_grad_output = load_rows(p_grad_output, row, HV * DV, o_column, DV, count, L)
         b_attention = load_square(p_attention + i_system * (L * L), L)
         b_inverse = load_square(p_inverse + i_system * (L * L), L)
-        beta, survived = tl.load(p_scale), tl.load(p_scale + L)
-        left, q_scale = tl.load(p_scale + 2 * L), tl.load(p_scale + 3 * L)
         next_decay = tl.load(p_decay + tl.where(number > 0, i_system - HV, i_system))
         store_state(p_grad_states + i_system * (DK * DV), b_state, o_column, DV, DK, BK)
         # The transpose by way of a product, because that is how it comes out of shared memory without a copy.
         b_output = dot(tl.trans(b_grad_output), b_identity)
-        b_written = dot(b_state.to(b_k.dtype), tl.trans(b_k)) * left[None, :]
-        b_written = dot(b_output.to(b_k.dtype), b_attention, b_written)
+        b_written = dot(b_output.to(b_k.dtype), b_attention)
+        # By `fma`, for a sum would be made the accumulator of a product, and what scales one is not fetched ahead.
+        left = tl.broadcast_to(tl.load(p_scale + 2 * L)[None, :], [BV, L])
+        b_written = tl.fma(dot(b_state.to(b_k.dtype), tl.trans(b_k)), left, b_written)
+        b_output *= tl.load(p_scale + 3 * L)[None, :]
+        b_state = dot(b_output.to(b_k.dtype), b_q, b_state * decay)
         b_alone = dot(b_written.to(b_k.dtype), b_inverse)
-        b_state = dot((b_output * q_scale[None, :]).to(b_k.dtype), b_q, b_state * decay)
-        b_state = dot((b_alone * (-beta * survived)[None, :]).to(b_k.dtype), b_k, b_state)
+        b_reads = b_alone * -(tl.load(p_scale) * tl.load(p_scale + L))[None, :]
+        b_state = dot(b_reads.to(b_k.dtype), b_k, b_state)
         o_alone = ((row + o_row) * HV + i_head)[None, :] * DV + o_column[:, None]
         is_alone = (o_row < count)[None, :] & (o_column < DV)[:, None]
         tl.store(p_grad_alone + o_alone, b_alone.to(p_grad_alone.dtype.element_ty), is_alone)

@@ -61,12 +61,12 @@ def scan_kernel(
     initial_stride, final_stride, piece_size, snapshots, Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, BS: tl.constexpr,
-    SPLIT: tl.constexpr, SLOTS: tl.constexpr, STORE: tl.constexpr,
+    SPLIT: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """One piece of a sequence, one value head, BV columns of its state: outputs and the state that leaves.
 
     SPLIT: the state that enters piece i is `initial[i]`, and only the last piece of a sequence has a state to leave.
-    SLOTS: otherwise states are found by the slot of the sequence. STORE: keep entering states and what was written.
+    SLOTS: otherwise states are found by the slot of the sequence. Where to write may be None, for what is not wanted.
     BS: a power of two, not below the number of snapshots; 0 where there are none.
     """
     i_column, i_head, i_piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -99,7 +99,8 @@ def scan_kernel(
         stops = tl.sum((after <= end).to(tl.int32)) - first_stop
     # These two would not be fetched ahead by the compiler, because no product has them as an operand.
     p_q_scale = p_scales + (chunk * HV + i_head) * (4 * L) + 3 * L + o_row
-    q_scale, decay = tl.load(p_q_scale), tl.load(p_decay + chunk * HV + i_head)
+    q_scale = tl.load(p_q_scale) if p_output is not None else 0.0
+    decay = tl.load(p_decay + chunk * HV + i_head)
     token = begin
     for i_stop in range(stops + 1):
         stop = end
@@ -113,22 +114,26 @@ def scan_kernel(
             p_scale = p_scales + i_system * (4 * L)
             b_k = load_rows(p_k, row, K_ROW, o_k, DK, end - i_token, L)
             b_v = load_rows(p_v, row, V_ROW, o_column, DV, end - i_token, L)
-            b_q = load_rows(p_q, row, Q_ROW, o_k, DK, end - i_token, L)
+            if p_output is not None:
+                b_q = load_rows(p_q, row, Q_ROW, o_k, DK, end - i_token, L)
             b_inverse = load_square(p_inverse + i_system * (L * L), L)
-            b_attention = load_square(p_attention + i_system * (L * L), L)
+            if p_output is not None:
+                b_attention = load_square(p_attention + i_system * (L * L), L)
             left = tl.load(p_scale + 2 * L + o_row)
             i_next = tl.where(i_token + L < end, i_system + HV, i_system)
-            next_q_scale = tl.load(p_scales + i_next * (4 * L) + 3 * L + o_row)
+            next_q_scale = tl.load(p_scales + i_next * (4 * L) + 3 * L + o_row) if p_output is not None else 0.0
             next_decay = tl.load(p_decay + i_next)
-            if STORE:
+            if p_states is not None:
                 store_state(p_states + i_system * (DK * DV), b_state, o_column, DV, DK, BK)
-            b_output = dot(b_state.to(b_q.dtype), tl.trans(b_q)) * q_scale[None, :]
+            if p_output is not None:
+                b_output = dot(b_state.to(b_q.dtype), tl.trans(b_q)) * q_scale[None, :]
             b_written, b_state = _advance(b_state, b_k, b_v, b_inverse, p_scale, left, decay, L)
-            b_output = dot(b_written.to(b_q.dtype), tl.trans(b_attention), b_output)
             o_output = ((row + o_row) * HV + i_head)[None, :] * DV + o_column[:, None]
             is_output = (o_row < end - i_token)[None, :] & (o_column < DV)[:, None]
-            tl.store(p_output + o_output, b_output.to(p_output.dtype.element_ty), is_output)
-            if STORE:
+            if p_output is not None:
+                b_output = dot(b_written.to(b_q.dtype), tl.trans(b_attention), b_output)
+                tl.store(p_output + o_output, b_output.to(p_output.dtype.element_ty), is_output)
+            if p_written is not None:
                 tl.store(p_written + o_output, b_written.to(p_written.dtype.element_ty), is_output)
             q_scale, decay = next_q_scale, next_decay
         token = tl.maximum(token, stop)
@@ -149,7 +154,7 @@ def scan_kernel(
                 _, b_snapshot = _advance(b_state, b_k, b_v, b_inverse, p_scale, left, survived, L)
                 target = tl.load(p_snapshot_slots + first_stop + i_stop).to(tl.int64) * final_stride
                 store_state(p_final + target + i_head * (DK * DV), b_snapshot, o_column, DV, DK, BK)
-    if is_last:
+    if p_final is not None and is_last:
         store_state(p_final + slot * final_stride + i_head * (DK * DV), b_state, o_column, DV, DK, BK)
 
 
