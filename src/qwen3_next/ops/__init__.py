@@ -8,23 +8,26 @@ K experts per token, F expert width, V vocabulary, B rows and S columns of a pad
 from qwen3_next.ops.attention import attention
 from qwen3_next.ops.backend import use
 from qwen3_next.ops.causal_conv import ProjectionColumns, causal_conv, causal_conv_
-from qwen3_next.ops.cross_entropy import linear_cross_entropy
+from qwen3_next.ops.cross_entropy import linear_argmax, linear_cross_entropy
 from qwen3_next.ops.experts import Routing, route, swiglu_experts
+from qwen3_next.ops.gate import sigmoid_gate, swiglu
 from qwen3_next.ops.gated_delta import gated_delta_rule, gated_delta_rule_, gated_delta_rule_recurrent
 from qwen3_next.ops.gated_delta_step import StepState, StepWeights, delta_net_step_
-from qwen3_next.ops.norm import gated_rms_norm, rms_norm
+from qwen3_next.ops.norm import AddedNorm, add_rms_norm, gated_rms_norm, rms_norm
 from qwen3_next.ops.quant import dequantize_block_fp8
-from qwen3_next.ops.rotary import apply_rotary
+from qwen3_next.ops.rotary import apply_rotary, rms_norm_rotary
 from qwen3_next.ops.segments import Segments
 from qwen3_next.ops.snapshots import Snapshots
 
 __all__ = [
+    "AddedNorm",
     "ProjectionColumns",
     "Routing",
     "Segments",
     "Snapshots",
     "StepState",
     "StepWeights",
+    "add_rms_norm",
     "apply_rotary",
     "attention",
     "causal_conv",
@@ -35,9 +38,13 @@ __all__ = [
     "gated_delta_rule_",
     "gated_delta_rule_recurrent",
     "gated_rms_norm",
+    "linear_argmax",
     "linear_cross_entropy",
     "rms_norm",
+    "rms_norm_rotary",
     "route",
+    "sigmoid_gate",
+    "swiglu",
     "swiglu_experts",
     "use",
 ]

@@ -1,18 +1,23 @@
-"""Cross-entropy of a linear head without ever holding the logits of all tokens."""
+"""Cross-entropy and argmax of a linear head without ever holding the logits of all tokens."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from qwen3_next.errors import InputError
 from qwen3_next.ops.backend import accelerated
+from qwen3_next.ops.quant import FP8_BLOCK, dequantize_block_fp8
 
 IGNORED = -100
 """The target of a token that carries no loss."""
 
 _CHUNK_BYTES = 256 * 2**20
+
+_ARGMAX_BYTES = 4 * 2**20
+"""Of the fp32 weights and logits of a block of the vocabulary: little enough to stay in a cache."""
 
 
 @accelerated("cross_entropy_triton")
@@ -66,3 +71,56 @@ def _chunk_logits_grad(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
     column = targets.clamp_min(0)[:, None]
     gradient.scatter_add_(1, column, torch.full_like(column, -1, dtype=torch.float32))
     return gradient.to(hidden.dtype)
+
+
+@accelerated("cross_entropy_triton")
+@torch.no_grad()
+def linear_argmax(
+    hidden: Float[Tensor, "T D"],
+    weight: Shaped[Tensor, "V D"],
+    scale_inv: Float[Tensor, "VB DB"] | None = None,
+    limit: int | None = None,
+) -> Int[Tensor, "T"]:
+    """The id with the largest logit of each token, `argmax_v weight_v hidden_t`, the smallest id where several are.
+
+    Products of the inputs as they are, summed in fp32. Has no gradient.
+
+    Args:
+        weight: in the dtype of `hidden`, or e4m3 with the scales of its blocks (`dequantize_block_fp8`).
+        limit: ids from here on are never chosen (rows that only fill up the vocabulary); None allows all.
+
+    Raises:
+        InputError: `limit` allows no id; weight and scales do not belong together.
+    """
+    vocabulary = allowed_ids(weight, limit)
+    rows = max(1, _ARGMAX_BYTES // (4 * (hidden.shape[0] + hidden.shape[1]) * FP8_BLOCK)) * FP8_BLOCK
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    best = torch.full(hidden.shape[:1], float("-inf"), dtype=dtype, device=hidden.device)
+    ids = torch.zeros_like(best, dtype=torch.int64)
+    for first in range(0, vocabulary, rows):
+        block = _block_of_weight(weight, scale_inv, first, min(rows, vocabulary - first), dtype)
+        top = (hidden.to(dtype) @ block.t()).max(dim=1)
+        larger = top.values > best
+        best, ids = torch.where(larger, top.values, best), torch.where(larger, top.indices + first, ids)
+    return ids
+
+
+def allowed_ids(weight: Shaped[Tensor, "V D"], limit: int | None) -> int:
+    """How many ids `linear_argmax` may choose from.
+
+    Raises:
+        InputError: none.
+    """
+    vocabulary = weight.shape[0] if limit is None else min(limit, weight.shape[0])
+    if vocabulary < 1:
+        raise InputError(f"limit={limit} leaves no id of a vocabulary of {weight.shape[0]}; it must be at least 1.")
+    return vocabulary
+
+
+def _block_of_weight(weight: Tensor, scale_inv: Tensor | None, first: int, rows: int, dtype: torch.dtype) -> Tensor:
+    """`first` is a multiple of the rows of a scale."""
+    block = weight[first : first + rows]
+    if scale_inv is None:
+        return block.to(dtype)
+    scales = scale_inv[first // FP8_BLOCK : -(-(first + rows) // FP8_BLOCK)]
+    return dequantize_block_fp8(block, scales, dtype)

@@ -1,10 +1,31 @@
 """Root-mean-square norms: the zero-centred one of the residual stream and the gated one after the delta rule."""
 
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from qwen3_next.ops.backend import accelerated
+
+
+class AddedNorm(NamedTuple):
+    """A residual stream after an addition, and its norm."""
+
+    normed: Float[Tensor, "*B D"]
+    stream: Float[Tensor, "*B D"]
+
+
+@accelerated("norm_triton")
+def add_rms_norm(
+    x: Float[Tensor, "*B D"], residual: Float[Tensor, "*B D"], weight: Float[Tensor, "D"], eps: float
+) -> AddedNorm:
+    """`stream = x + residual`, rounded to their dtype, and `normed = rms_norm(stream, weight, eps)`.
+
+    The end of one layer and the beginning of the next, which read the stream together.
+    """
+    stream = x + residual
+    return AddedNorm(rms_norm(stream, weight, eps), stream)
 
 
 @accelerated("norm_triton")

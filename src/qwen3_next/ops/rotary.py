@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qwen3_next.ops.backend import accelerated
+from qwen3_next.ops.norm import rms_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,18 @@ def rotary_tables(
     angles = positions[..., None].float() * frequencies
     cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
     return cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
+
+
+@accelerated("rotary_triton")
+def rms_norm_rotary(
+    x: Float[Tensor, "T H Dh"],
+    weight: Float[Tensor, "Dh"],
+    eps: float,
+    cos: Float[Tensor, "T 1 R"],
+    sin: Float[Tensor, "T 1 R"],
+) -> Float[Tensor, "T H Dh"]:
+    """Norm each head, then rotate it: `apply_rotary(rms_norm(x, weight, eps), cos, sin)`, for queries and keys."""
+    return apply_rotary(rms_norm(x, weight, eps), cos, sin)
 
 
 @accelerated("rotary_triton")

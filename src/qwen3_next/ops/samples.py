@@ -9,12 +9,13 @@ from torch import Tensor
 
 from qwen3_next.ops.attention import attention
 from qwen3_next.ops.causal_conv import ProjectionColumns, causal_conv, causal_conv_
-from qwen3_next.ops.cross_entropy import IGNORED, linear_cross_entropy
+from qwen3_next.ops.cross_entropy import IGNORED, linear_argmax, linear_cross_entropy
 from qwen3_next.ops.experts import route, swiglu_experts
+from qwen3_next.ops.gate import sigmoid_gate, swiglu
 from qwen3_next.ops.gated_delta import gated_delta_rule, gated_delta_rule_, gated_delta_rule_recurrent
 from qwen3_next.ops.gated_delta_step import StepState, StepWeights, delta_net_step_
-from qwen3_next.ops.norm import gated_rms_norm, rms_norm
-from qwen3_next.ops.rotary import apply_rotary
+from qwen3_next.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
+from qwen3_next.ops.rotary import apply_rotary, rms_norm_rotary
 from qwen3_next.ops.segments import Segments
 from qwen3_next.ops.snapshots import Snapshots
 
@@ -99,7 +100,7 @@ class Sample:
 
 def samples(sizes: Sizes) -> Iterator[Sample]:
     """Every operation that has a twin, each at least once."""
-    for family in (_norms, _rotary, _attention, _convolution, _delta_rule, _delta_net_step, _experts, _head):
+    for family in (_norms, _rotary, _gates, _attention, _convolution, _delta_rule, _delta_net_step, _experts, _head):
         yield from family(sizes)
 
 
@@ -123,8 +124,12 @@ def _norms(s: Sizes) -> Iterator[Sample]:
         shape = (s.tokens, s.columns.value_heads, s.columns.value_width)
         return _normal(dtype, *shape), _normal(dtype, *shape), _normal(dtype, shape[-1]), EPS
 
+    def add(dtype: torch.dtype) -> tuple[Any, ...]:
+        return _normal(dtype, s.tokens, s.hidden), *row(dtype)
+
     # The definition computes in fp32 whatever it is given.
     yield Sample(operation="rms_norm", make=row, run=rms_norm, gradients=(0, 1), oracle=_plain_norm)
+    yield Sample(operation="add_rms_norm", make=add, run=add_rms_norm, gradients=(0, 1, 2), oracle=_plain_added_norm)
     yield Sample(operation="gated_rms_norm", make=heads, run=gated_rms_norm, gradients=(0, 1, 2))
 
 
@@ -132,7 +137,26 @@ def _rotary(s: Sizes) -> Iterator[Sample]:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         return _normal(dtype, s.tokens, s.heads, s.head_width), *_tables(dtype, s)
 
+    def make_normed(dtype: torch.dtype) -> tuple[Any, ...]:
+        x, *tables = make(dtype)
+        return x, _normal(dtype, s.head_width) / 4, EPS, *tables
+
+    def plain(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+        return apply_rotary(_plain_norm(x, weight, eps), cos, sin)
+
     yield Sample(operation="apply_rotary", make=make, run=apply_rotary, gradients=(0,))
+    yield Sample(operation="rms_norm_rotary", make=make_normed, run=rms_norm_rotary, gradients=(0, 1), oracle=plain)
+
+
+def _gates(s: Sizes) -> Iterator[Sample]:
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        return _normal(dtype, s.tokens, s.heads, s.head_width), _normal(dtype, s.tokens, s.heads, s.head_width)
+
+    def make_wide(dtype: torch.dtype) -> tuple[Any, ...]:
+        return _normal(dtype, s.tokens, s.expert_width), _normal(dtype, s.tokens, s.expert_width)
+
+    yield Sample(operation="sigmoid_gate", make=make, run=sigmoid_gate, gradients=(0, 1))
+    yield Sample(operation="swiglu", make=make_wide, run=swiglu, gradients=(0, 1))
 
 
 def _attention(s: Sizes) -> Iterator[Sample]:
@@ -236,7 +260,17 @@ def _head(s: Sizes) -> Iterator[Sample]:
         targets[::7] = IGNORED
         return hidden, weight / s.hidden**0.5, targets
 
+    def make_clear(dtype: torch.dtype) -> tuple[Any, ...]:
+        hidden, weight, _ = make(dtype)
+        ids = torch.randint(s.vocabulary - 9, hidden.shape[:1])
+        return hidden + 9 * weight[ids], weight, None, s.vocabulary - 9
+
     yield Sample(operation="linear_cross_entropy", make=make, run=linear_cross_entropy, gradients=(0, 1))
+    yield Sample(operation="linear_argmax", make=make_clear, run=linear_argmax)
+
+
+def _plain_added_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _plain_norm(x + residual, weight, eps), x + residual
 
 
 def _plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
