@@ -99,7 +99,8 @@ def scan_kernel(
         stops = tl.sum((after <= end).to(tl.int32)) - first_stop
     # These two would not be fetched ahead by the compiler, because no product has them as an operand.
     p_q_scale = p_scales + (chunk * HV + i_head) * (4 * L) + 3 * L + o_row
-    q_scale = tl.load(p_q_scale) if p_output is not None else 0.0
+    if p_output is not None:
+        q_scale = tl.load(p_q_scale)
     decay = tl.load(p_decay + chunk * HV + i_head)
     token = begin
     for i_stop in range(stops + 1):
@@ -121,8 +122,9 @@ def scan_kernel(
                 b_attention = load_square(p_attention + i_system * (L * L), L)
             left = tl.load(p_scale + 2 * L + o_row)
             i_next = tl.where(i_token + L < end, i_system + HV, i_system)
-            next_q_scale = tl.load(p_scales + i_next * (4 * L) + 3 * L + o_row) if p_output is not None else 0.0
             next_decay = tl.load(p_decay + i_next)
+            if p_output is not None:
+                next_q_scale = tl.load(p_scales + i_next * (4 * L) + 3 * L + o_row)
             if p_states is not None:
                 store_state(p_states + i_system * (DK * DV), b_state, o_column, DV, DK, BK)
             if p_output is not None:
@@ -135,7 +137,9 @@ def scan_kernel(
                 tl.store(p_output + o_output, b_output.to(p_output.dtype.element_ty), is_output)
             if p_written is not None:
                 tl.store(p_written + o_output, b_written.to(p_written.dtype.element_ty), is_output)
-            q_scale, decay = next_q_scale, next_decay
+            if p_output is not None:
+                q_scale = next_q_scale
+            decay = next_decay
         token = tl.maximum(token, stop)
         if BS > 0:
             is_snapshot = i_stop < stops
