@@ -143,14 +143,14 @@ def _chunk_gradients(
     grad_q, grad_k = q.new_empty(q.shape), k.new_empty(k.shape)
     grad_log_decay, grad_beta = log_decay.new_empty(log_decay.shape), beta.new_empty(beta.shape)
     if chunks.count:
-        block, warps = _chunk_configuration(dk, dv, v.dtype)
+        block, warps, stages = _chunk_configuration(dk, dv, v.dtype)
         terms = v.new_empty(chunks.count, value_heads, 9, CHUNK, dtype=torch.float32)
         chunk_gradients_kernel[(chunks.count, key_heads)](
             *(q, k, v, grad_output, walks.written, walks.grad_alone, walks.states, walks.grad_states),
             *(systems.attention, systems.sums, systems.scales, systems.decay, systems.rstd_q, systems.rstd_k),
             *(grad_q, grad_k, grad_log_decay, grad_beta, terms, chunks.cu_seqlens, chunks.first, chunks.sequences),
             Q_ROW=q.stride(0), K_ROW=k.stride(0), V_ROW=v.stride(0), HK=key_heads, HV=value_heads, DK=dk, DV=dv,
-            BK=padded_width(dk), BV=block, L=CHUNK, num_warps=warps, num_stages=1,
+            BK=padded_width(dk), BV=block, L=CHUNK, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return GatedDeltaGradients(grad_q, grad_k, walks.grad_alone, grad_log_decay, grad_beta, walks.grad_initial)
 
@@ -162,6 +162,6 @@ def _walk_configuration(dk: int, dv: int, dtype: torch.dtype) -> tuple[int, int,
     return (min(32, padded_width(dv)), 8, 2) if dk > 128 else (min(64, padded_width(dv)), 4, 3 if dk > 64 else 2)
 
 
-def _chunk_configuration(dk: int, dv: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Columns of the values in a block of the gradients of a chunk, and warps. For H100 and H200."""
-    return min(32 if dtype == torch.float32 else 64, padded_width(dv)), 8
+def _chunk_configuration(dk: int, dv: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Columns of the values in a block of the gradients of a chunk, warps, stages of its loads. For H100 and H200."""
+    return min(32 if dtype == torch.float32 else 64, padded_width(dv)), 8, 1
