@@ -73,7 +73,7 @@ def _chunk_logits_grad(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
     return gradient.to(hidden.dtype)
 
 
-@accelerated("cross_entropy_triton")
+@accelerated("linear_argmax_triton")
 @torch.no_grad()
 def linear_argmax(
     hidden: Float[Tensor, "T D"],
