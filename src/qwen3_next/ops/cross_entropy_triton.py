@@ -96,7 +96,8 @@ class _LogitsGradient:
         tokens, ids = self.hidden.shape[0], self.weight.shape[0]
         if tokens > ids:
             return self._cut(self.hidden, self.weight, of_hidden, of_weight, False)
-        return self._cut(self.weight, self.hidden, of_weight, of_hidden, True)[::-1]
+        d_weight, d_hidden = self._cut(self.weight, self.hidden, of_weight, of_hidden, True)
+        return d_hidden, d_weight
 
     def _cut(
         self, longer: Tensor, other: Tensor, of_longer: bool, of_other: bool, by_ids: bool
