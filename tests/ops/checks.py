@@ -10,6 +10,12 @@ from torch import Tensor
 
 TOLERANCES: dict[tuple[str, str], tuple[float, float]] = {
     # (operation, dtype of the inputs): largest relative error of the outputs, of the gradients, against fp32 or fp64
+    ("add_rms_norm", "float32"): (1e-6, 3e-6),
+    ("add_rms_norm", "float16"): (1e-3, 1.5e-3),
+    ("add_rms_norm", "bfloat16"): (1.2e-2, 1.2e-2),
+    ("apply_rotary", "float32"): (1e-6, 1e-6),
+    ("apply_rotary", "float16"): (8e-4, 8e-4),
+    ("apply_rotary", "bfloat16"): (1e-2, 1e-2),
     ("causal_conv", "float32"): (1e-6, 2e-6),
     ("causal_conv", "bfloat16"): (6e-3, 8e-3),
     ("delta_net_step_", "float32"): (5e-6, 0.0),
@@ -17,6 +23,24 @@ TOLERANCES: dict[tuple[str, str], tuple[float, float]] = {
     ("gated_delta_rule", "float32"): (1e-5, 2e-5),
     ("gated_delta_rule", "float16"): (2e-3, 4e-3),
     ("gated_delta_rule", "bfloat16"): (1e-2, 2e-2),
+    ("gated_rms_norm", "float32"): (1e-6, 3e-6),
+    ("gated_rms_norm", "float16"): (1e-3, 1.5e-3),
+    ("gated_rms_norm", "bfloat16"): (1.2e-2, 1.2e-2),
+    ("linear_cross_entropy", "float32"): (2e-6, 1e-5),
+    ("linear_cross_entropy", "float16"): (1e-5, 0.0),
+    ("linear_cross_entropy", "bfloat16"): (1e-5, 8e-3),
+    ("rms_norm", "float32"): (1e-6, 3e-6),
+    ("rms_norm", "float16"): (1e-3, 1.5e-3),
+    ("rms_norm", "bfloat16"): (1.2e-2, 1.2e-2),
+    ("rms_norm_rotary", "float32"): (1e-6, 3e-6),
+    ("rms_norm_rotary", "float16"): (1e-3, 1.5e-3),
+    ("rms_norm_rotary", "bfloat16"): (1.2e-2, 1.2e-2),
+    ("sigmoid_gate", "float32"): (1e-6, 2e-6),
+    ("sigmoid_gate", "float16"): (8e-4, 1e-3),
+    ("sigmoid_gate", "bfloat16"): (1e-2, 1e-2),
+    ("swiglu", "float32"): (1e-6, 2e-6),
+    ("swiglu", "float16"): (8e-4, 1e-3),
+    ("swiglu", "bfloat16"): (1e-2, 1e-2),
 }
 """What a twin may differ from its definition by, as `|result - expected| / |expected|`."""
 

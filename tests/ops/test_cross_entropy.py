@@ -11,8 +11,10 @@ from tests.ops.checks import assert_pure, assert_same_gradients, relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qwen3_next.errors import InputError
 from qwen3_next.ops import cross_entropy
-from qwen3_next.ops.cross_entropy import IGNORED, linear_cross_entropy
+from qwen3_next.ops.cross_entropy import IGNORED, linear_argmax, linear_cross_entropy
+from qwen3_next.ops.quant import block_scale_shape, dequantize_block_fp8
 
 HIDDEN, VOCABULARY = 12, 50
 
@@ -132,3 +134,42 @@ def test_logits_of_all_tokens_are_never_allocated(monkeypatch: pytest.MonkeyPatc
 
 def test_inputs_stay_and_a_second_run_is_identical() -> None:
     assert_pure(linear_cross_entropy, random_inputs(9))
+
+
+@pytest.fixture(params=[1, 2**30], ids=["blocks of the vocabulary", "all of it"])
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "_ARGMAX_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limit", [None, 300, 77, 10**6])
+def test_the_id_of_the_largest_logit_is_chosen(limit: int | None, dtype: torch.dtype, fresh_seed: int) -> None:
+    torch.manual_seed(fresh_seed)
+    hidden, weight = torch.randn(9, HIDDEN).to(dtype), torch.randn(400, HIDDEN).to(dtype)
+    logits = hidden.double() @ weight[:limit].double().T
+    assert torch.equal(linear_argmax(hidden, weight, None, limit), logits.argmax(dim=1))
+
+
+@pytest.mark.usefixtures("block")
+def test_the_logits_of_a_quantised_head_are_those_of_its_true_weights(fresh_seed: int) -> None:
+    torch.manual_seed(fresh_seed)
+    hidden, weight = torch.randn(7, 200).bfloat16(), (8 * torch.randn(300, 200)).to(torch.float8_e4m3fn)
+    scales = torch.rand(block_scale_shape((300, 200))) + 0.1
+    logits = hidden.double() @ dequantize_block_fp8(weight, scales, torch.float32).double().T
+    assert torch.equal(linear_argmax(hidden, weight, scales), logits.argmax(dim=1))
+    assert torch.equal(linear_argmax(hidden, weight, scales, 130), logits[:, :130].argmax(dim=1))
+
+
+@pytest.mark.usefixtures("block")
+def test_of_equal_logits_the_first_is_chosen() -> None:
+    weight = torch.zeros(300, HIDDEN)
+    weight[[70, 71, 299]] = 1
+    hidden = torch.stack([torch.ones(HIDDEN), torch.zeros(HIDDEN)])
+    assert linear_argmax(hidden, weight).tolist() == [70, 0]
+    assert linear_argmax(hidden[:0], weight).shape == (0,)
+
+
+def test_a_limit_has_to_leave_an_id() -> None:
+    with pytest.raises(InputError, match="limit=0 leaves no id"):
+        linear_argmax(torch.randn(1, HIDDEN), torch.randn(VOCABULARY, HIDDEN), None, 0)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests.ops.checks import assert_pure, assert_same_gradients, relative_error
 from torch import Tensor
 
-from qwen3_next.ops.norm import gated_rms_norm, rms_norm
+from qwen3_next.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
 
 EPS = 1e-6
 
@@ -73,6 +73,14 @@ def test_gradients_are_those_of_the_equations(dtype: torch.dtype) -> None:
     x, gate, weight = torch.randn(9, 33).to(dtype), torch.randn(9, 33).to(dtype), torch.randn(33).to(dtype)
     assert_same_gradients(lambda *args: rms_norm(*args, EPS), zero_centred, (x, weight), tolerance)
     assert_same_gradients(lambda *args: gated_rms_norm(*args, EPS), gated, (x, gate, weight), tolerance)
+
+
+def test_the_norm_after_an_addition_is_that_of_the_rounded_sum() -> None:
+    x, residual, weight = (torch.randn(shape).bfloat16() for shape in ((5, 40), (5, 40), 40))
+    normed, stream = add_rms_norm(x, residual, weight, EPS)
+    assert torch.equal(stream, x + residual)
+    assert torch.equal(normed, rms_norm(stream, weight, EPS))
+    assert normed.dtype == stream.dtype == torch.bfloat16
 
 
 def test_strided_inputs_give_what_contiguous_ones_give() -> None:

@@ -14,7 +14,15 @@ from transformers.models.qwen3_next import Qwen3NextConfig as PeerConfig
 
 from qwen3_next import Qwen3NextConfig
 from qwen3_next.model.layers import rotary_settings
-from qwen3_next.ops.rotary import YarnScaling, apply_rotary, rotary_frequencies, rotary_tables, yarn_attention_factor
+from qwen3_next.ops.norm import rms_norm
+from qwen3_next.ops.rotary import (
+    YarnScaling,
+    apply_rotary,
+    rms_norm_rotary,
+    rotary_frequencies,
+    rotary_tables,
+    yarn_attention_factor,
+)
 
 
 def by_complex_numbers(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
@@ -127,6 +135,13 @@ def test_bf16_stays_bf16_and_close() -> None:
     result = apply_rotary(x.bfloat16(), *rotary_tables(positions, frequencies, 1.0, torch.bfloat16))
     assert result.dtype == torch.bfloat16
     assert relative_error(result, by_complex_numbers(x, positions, frequencies)) < 6e-3
+
+
+def test_the_rotation_after_a_norm_is_both_in_turn() -> None:
+    x, weight = torch.randn(9, 3, 24).bfloat16(), torch.randn(24).bfloat16()
+    tables = rotary_tables(torch.arange(9), rotary_frequencies(16, 1e4), 1.0, torch.bfloat16)
+    expected = apply_rotary(rms_norm(x, weight, 1e-6), *tables)
+    assert torch.equal(rms_norm_rotary(x, weight, 1e-6, *tables), expected)
 
 
 def test_gradients_turn_back() -> None:
