@@ -96,11 +96,7 @@ def test_fewer_taps(taps: int, fresh_seed: int) -> None:
     assert_same_calls(layer, [([1, 1], None), ([2, 3], [2, 0]), ([1, 3], [1, 3])])
 
 
-def test_many_sequences(monkeypatch: pytest.MonkeyPatch, fresh_seed: int) -> None:
-    """Enough of them for the other configuration, which takes one value head at a time."""
-    from qwen3_next.ops import gated_delta_step_triton
-
-    monkeypatch.setattr(gated_delta_step_triton, "_FEW_PROGRAMS", 0)
+def test_several_sequences(fresh_seed: int) -> None:
     torch.manual_seed(fresh_seed)
     layer = Layer(SMALL, torch.float32, slots=[3, 1, 0])
     assert_same_calls(layer, [([1, 1, 1], None), ([1, 2, 0], [3, 0, 1])])

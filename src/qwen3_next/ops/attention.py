@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qwen3_next.ops.backend import accelerated
 from qwen3_next.ops.segments import Segments
 
 
@@ -19,7 +18,6 @@ class WeightedAttention(NamedTuple):
     weights: Float[Tensor, "N H Q S"]
 
 
-@accelerated("attention_triton")
 def attention(
     q: Float[Tensor, "T H Dh"],
     k: Float[Tensor, "S Hkv Dh"],

@@ -20,7 +20,7 @@ from qwen3_next.ops.causal_conv_common_triton import (
 )
 from qwen3_next.ops.segments import Segments
 
-BACKWARD = {"BLOCK": 512, "SIZE": 128, "UNROLL": 4, "num_warps": 4}
+BACKWARD = {"BLOCK": 512, "SIZE": 128, "UNROLL": 8, "num_warps": 4}
 
 
 def differentiate(

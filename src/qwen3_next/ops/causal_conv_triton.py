@@ -31,7 +31,7 @@ from qwen3_next.ops.causal_conv_grad_triton import differentiate
 from qwen3_next.ops.segments import Segments
 from qwen3_next.ops.snapshots import Snapshots
 
-FORWARD = {"BLOCK": 1024, "SIZE": 64, "UNROLL": 8, "num_warps": 4}
+FORWARD = {"BLOCK": 512, "SIZE": 64, "UNROLL": 8, "num_warps": 4}
 """Channels of a program, tokens of a part, tokens whose loads are in flight together. For H100 and H200."""
 
 

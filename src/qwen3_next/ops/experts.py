@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qwen3_next.ops.backend import accelerated
-
 _GATHER_LIMIT = 32
 """Up to this many (token, expert) pairs on a GPU, reading each pair's expert alone beats the grouped kernels."""
 
@@ -38,7 +36,6 @@ class Routing:
     experts: Int[Tensor, "T K"]
 
 
-@accelerated("experts_triton")
 def route(
     x: Float[Tensor, "T D"],
     gate_weight: Float[Tensor, "E D"],
@@ -68,7 +65,6 @@ def route(
     return Routing(logits, probabilities, weights.to(logits.dtype), experts)
 
 
-@accelerated("experts_triton")
 def swiglu_experts(
     x: Float[Tensor, "T D"],
     gate_up_proj: Float[Tensor, "E 2F D"],

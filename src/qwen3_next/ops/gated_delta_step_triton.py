@@ -60,7 +60,7 @@ def delta_net_step_(
     tokens = triton.next_power_of_2(max(1, room + segments.max_length))
     vectors = qkvz.new_empty(programs, tokens, 2 * columns.key_width + columns.values)
     scalars = qkvz.new_empty(programs, tokens, 2 + 2 * repeats, dtype=torch.float32)
-    settings = _configuration(programs, columns, state.recurrent.dtype, accepted is not None)
+    settings = _configuration(columns, state.recurrent.dtype, accepted is not None)
     if programs:
         _step_kernel[(programs,)](
             *(qkvz, ba, weights.conv.contiguous(), weights.A_log, weights.dt_bias, weights.norm),
@@ -75,18 +75,14 @@ def delta_net_step_(
     return output
 
 
-_FEW_PROGRAMS = 132
-"""Up to so many, each can have a multiprocessor for itself, and is better large than long."""
-
-
-def _configuration(programs: int, columns: ProjectionColumns, dtype: torch.dtype, replays: bool) -> dict[str, int]:
-    """For H100 and H200: two programs share a multiprocessor, so that one computes while the other loads."""
-    is_large = programs <= _FEW_PROGRAMS and columns.value_heads // columns.key_heads % 2 == 0
-    tile, warps = (2, 16) if is_large else (1, 8)
+def _configuration(columns: ProjectionColumns, dtype: torch.dtype, replays: bool) -> dict[str, int]:
+    """For H100 and H200: four warps hold an fp32 state with nothing to spare; replays need more room."""
     padded_key, padded_value = (triton.next_power_of_2(x) for x in (columns.key_width, columns.value_width))
-    rows = 32 * warps * (16 // dtype.itemsize) // (tile * padded_value)  # that all threads load at once, 16 bytes each
+    is_light = dtype == torch.float32 and not replays and padded_key * padded_value <= 128 * 128
+    warps, registers = (4, 255) if is_light else (8, 128)
+    rows = 32 * warps * (16 // dtype.itemsize) // padded_value  # that all threads load at once, 16 bytes each
     rows = max(1, min(padded_key, rows))
-    return {"TILE": tile, "ROWS": rows, "EARLY": not replays, "num_warps": warps, "maxnreg": 128}
+    return {"TILE": 1, "ROWS": rows, "EARLY": not replays, "num_warps": warps, "maxnreg": registers}
 
 
 @triton.jit(do_not_specialize=["eps", "q_scale"])

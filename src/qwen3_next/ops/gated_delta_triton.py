@@ -32,6 +32,10 @@ def _refusal(
     segments: Segments,
     initial_state: Tensor | None = None,
 ) -> str | None:
+    inputs = (q, k, v, log_decay, beta, initial_state)
+    if q.is_cuda and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        # Triton 3.6 compiles some of the gradient's products on Hopper so that they read beyond their shared memory.
+        return "calls without gradients, until those of the kernels agree with the definition's on every card"
     return _unfit(q, k, v)
 
 
@@ -46,6 +50,9 @@ def _slots_refusal(
     slots: Tensor,
     snapshots: Snapshots | None = None,
 ) -> str | None:
+    if q.is_cuda and snapshots is not None:
+        # Right in the interpreter, wrong as Triton 3.6 compiles it for Hopper.
+        return "calls without snapshots, until those of the kernels agree with the definition's on every card"
     if not states[:1].is_contiguous():
         return f"states that are contiguous within a slot, not with strides {states.stride()}"
     return _unfit(q, k, v)

@@ -7,10 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from qwen3_next.ops.attention import attention
 from qwen3_next.ops.causal_conv import ProjectionColumns, causal_conv, causal_conv_
 from qwen3_next.ops.cross_entropy import IGNORED, linear_argmax, linear_cross_entropy
-from qwen3_next.ops.experts import route, swiglu_experts
 from qwen3_next.ops.gate import sigmoid_gate, swiglu
 from qwen3_next.ops.gated_delta import gated_delta_rule, gated_delta_rule_, gated_delta_rule_recurrent
 from qwen3_next.ops.gated_delta_step import StepState, StepWeights, delta_net_step_
@@ -38,8 +36,6 @@ class Sizes:
     head_width: int
     rotated: int
     columns: ProjectionColumns
-    experts: int
-    top_k: int
     expert_width: int
     vocabulary: int
 
@@ -57,8 +53,6 @@ TINY = Sizes(
     head_width=16,
     rotated=4,
     columns=ProjectionColumns(key_heads=2, value_heads=4, key_width=16, value_width=16),
-    experts=8,
-    top_k=3,
     expert_width=24,
     vocabulary=200,
 )
@@ -72,8 +66,6 @@ PUBLISHED = Sizes(
     head_width=256,
     rotated=32,
     columns=ProjectionColumns(key_heads=16, value_heads=32, key_width=128, value_width=128),
-    experts=32,
-    top_k=10,
     expert_width=512,
     vocabulary=3000,
 )
@@ -100,7 +92,7 @@ class Sample:
 
 def samples(sizes: Sizes) -> Iterator[Sample]:
     """Every operation that has a twin, each at least once."""
-    for family in (_norms, _rotary, _gates, _attention, _convolution, _delta_rule, _delta_net_step, _experts, _head):
+    for family in (_norms, _rotary, _gates, _convolution, _delta_rule, _delta_net_step, _head):
         yield from family(sizes)
 
 
@@ -157,22 +149,6 @@ def _gates(s: Sizes) -> Iterator[Sample]:
 
     yield Sample(operation="sigmoid_gate", make=make, run=sigmoid_gate, gradients=(0, 1))
     yield Sample(operation="swiglu", make=make_wide, run=swiglu, gradients=(0, 1))
-
-
-def _attention(s: Sizes) -> Iterator[Sample]:
-    def make(dtype: torch.dtype, earlier: int) -> tuple[Any, ...]:
-        lengths = [length + earlier * n for n, length in enumerate(s.lengths)]
-        q = _normal(dtype, s.tokens, s.heads, s.head_width)
-        k, v = (_normal(dtype, sum(lengths), s.kv_heads, s.head_width) for _ in range(2))
-        return q, k, v, _segments(s.lengths), _segments(lengths)
-
-    for earlier in (0, 9):
-        yield Sample(
-            operation="attention",
-            make=lambda dtype, earlier=earlier: make(dtype, earlier),
-            run=attention,
-            gradients=(0, 1, 2),
-        )
 
 
 def _convolution(s: Sizes) -> Iterator[Sample]:
@@ -234,25 +210,6 @@ def _delta_net_step(s: Sizes) -> Iterator[Sample]:
         )
 
 
-def _experts(s: Sizes) -> Iterator[Sample]:
-    def make_router(dtype: torch.dtype) -> tuple[Any, ...]:
-        return *_clear_choices(dtype, s), s.top_k, True
-
-    def make(dtype: torch.dtype) -> tuple[Any, ...]:
-        x, router = _clear_choices(dtype, s)
-        chosen = route(x, router, s.top_k, True)
-        gate_up = _normal(dtype, s.experts, 2 * s.expert_width, s.hidden) / s.hidden**0.5
-        down = _normal(dtype, s.experts, s.hidden, s.expert_width) / s.expert_width**0.5
-        return x, gate_up, down, chosen.weights, chosen.experts
-
-    def run_router(*inputs: Any) -> tuple[Tensor, ...]:
-        routing = route(*inputs)
-        return routing.logits, routing.probabilities, routing.weights, routing.experts
-
-    yield Sample(operation="route", make=make_router, run=run_router, gradients=(0, 1))
-    yield Sample(operation="swiglu_experts", make=make, run=swiglu_experts, gradients=(0, 1, 2, 3))
-
-
 def _head(s: Sizes) -> Iterator[Sample]:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         hidden, weight = _normal(dtype, s.tokens, s.hidden), _normal(dtype, s.vocabulary, s.hidden)
@@ -303,16 +260,6 @@ def _snapshots(s: Sizes) -> Snapshots:
 def _tables(dtype: torch.dtype, s: Sizes) -> tuple[Tensor, Tensor]:
     angles = torch.rand(s.tokens, 1, s.rotated) * 6
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def _clear_choices(dtype: torch.dtype, s: Sizes) -> tuple[Tensor, Tensor]:
-    """Tokens and a router whose scores are so far apart that rounding changes no choice."""
-    ranks = torch.rand(s.tokens, s.experts).argsort(dim=1)
-    x = torch.randn(s.tokens, s.hidden)
-    x[:, : s.experts] = ranks / 4
-    router = torch.randn(s.experts, s.hidden) / 100 / s.hidden**0.5
-    router[:, : s.experts] = torch.eye(s.experts)
-    return x.to(dtype), router.to(dtype)
 
 
 def _on_copies(run: Callable[..., Any], state: int) -> Callable[..., Any]:
