@@ -101,7 +101,7 @@ def test_pieces_equal_the_whole(fresh_seed: int, lengths: list[int], pieces: int
 
 
 @pytest.mark.skipif(
-    torch.cuda.is_available(), reason="snapshots are refused on a GPU: Triton 3.6 compiles them wrongly"
+    torch.cuda.is_available(), reason="refused on a GPU: Triton 3.6 compiles them wrongly"
 )
 @pytest.mark.parametrize("size", [1024, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
