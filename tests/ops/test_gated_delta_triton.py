@@ -100,9 +100,7 @@ def test_pieces_equal_the_whole(fresh_seed: int, lengths: list[int], pieces: int
         assert_equals_the_recurrence(inputs, lengths, None)
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="refused on a GPU: Triton 3.6 compiles them wrongly"
-)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refused on a GPU: Triton 3.6 compiles them wrongly")
 @pytest.mark.parametrize("size", [1024, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_states_in_slots_and_snapshots(fresh_seed: int, size: int, dtype: torch.dtype) -> None:
