@@ -191,3 +191,58 @@ def test_what_is_not_taken_is_said() -> None:
         run("triton", inputs)
     assert experts_triton.tile_size(16, 10, 512, 128) == 16
     assert experts_triton.tile_size(32_768, 10, 512, 64) == 64
+
+
+PUBLISHED = Shape(0, 10, 512, 2_048, 512)
+"""Of Qwen3-Next-80B-A3B."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantized", [False, True])
+def test_published_sizes_equal_the_definition_at_every_number_of_tokens(quantized: bool, fresh_seed: int) -> None:
+    torch.manual_seed(fresh_seed)
+    whole = random_inputs(PUBLISHED._replace(tokens=4_097), torch.bfloat16, shared=True)
+    whole = in_fp8(whole) if quantized else whole
+    bound = tolerance("swiglu_experts", torch.float8_e4m3fn if quantized else torch.bfloat16)[0]
+    with torch.no_grad(), use("reference"):
+        expected = swiglu_experts(*widened(whole)) if quantized else swiglu_experts(*whole)
+    for tokens in (1, 2, 4, 5, 16, 63, 64, 65, 300, 1_025, 2_500, 4_097):
+        some = whole._replace(x=whole.x[:tokens], weights=whole.weights[:tokens], experts=whole.experts[:tokens])
+        with torch.no_grad(), poisoned():
+            result, again = run("triton", some), run("triton", some)
+        assert torch.equal(result, again)
+        assert relative_error(result, expected[:tokens]) <= bound, tokens
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("crowded", [False, True])
+def test_gradients_at_published_sizes(crowded: bool, fresh_seed: int) -> None:
+    """Most experts get no token where all of them crowd into a few."""
+    torch.manual_seed(fresh_seed)
+    shape = PUBLISHED._replace(tokens=1_500)
+    choice = torch.randint(12, (1_500, 1)) + torch.arange(10) if crowded else None
+    inputs, direction = random_inputs(shape, torch.bfloat16, choice=choice), torch.randn(1_500, 2_048)
+
+    def gradients(backend: str) -> tuple[Tensor, ...]:
+        leaves = [x.detach().clone().requires_grad_() for x in inputs[:4]]
+        return torch.autograd.grad(run(backend, Inputs(*leaves, inputs.experts)), leaves, direction.bfloat16())
+
+    with poisoned():
+        result, again = gradients("triton"), gradients("triton")
+    for a, b, c in zip(result, again, gradients("reference"), strict=True):
+        assert torch.equal(a, b)
+        assert relative_error(a, c) <= tolerance("swiglu_experts", torch.bfloat16)[1]
+
+
+@pytest.mark.gpu
+def test_a_graph_holds_the_call_whatever_the_routing() -> None:
+    inputs = random_inputs(PUBLISHED._replace(tokens=16), torch.bfloat16, shared=True)
+    with torch.no_grad():
+        run("triton", inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = run("triton", inputs)
+        for _ in range(3):
+            inputs.experts.copy_(torch.rand(16, 512).topk(10).indices)
+            graph.replay()
+            assert torch.equal(result, run("triton", inputs))
