@@ -110,6 +110,23 @@ def dequantize_block_fp8(
     Raises:
         InputError: `weight` is not e4m3, or `scale_inv` has another shape than its blocks ask for.
     """
+    check_scales(weight, scale_inv)
+    rows, columns = weight.shape
+    by_column = scale_inv.float().repeat_interleave(FP8_BLOCK, dim=1)[:, :columns]
+    values = _e4m3_to_float(weight.contiguous())
+    whole_blocks = rows // FP8_BLOCK
+    split = whole_blocks * FP8_BLOCK
+    values[:split].view(whole_blocks, FP8_BLOCK, columns).mul_(by_column[:whole_blocks].unsqueeze(1))
+    values[split:].mul_(by_column[whole_blocks:])
+    return values.to(dtype)
+
+
+def check_scales(weight: Tensor, scale_inv: Tensor) -> None:
+    """That a weight is e4m3 and its scales have the shape that its blocks ask for.
+
+    Raises:
+        InputError: otherwise.
+    """
     if weight.dtype != torch.float8_e4m3fn:
         raise InputError(
             f"weight must be torch.float8_e4m3fn, not {weight.dtype}; only such weights carry block scales."
@@ -120,14 +137,6 @@ def dequantize_block_fp8(
             f"scale_inv has the shape {list(scale_inv.shape)}; a weight {list(weight.shape)} needs {list(wanted)}, "
             f"one scale per {FP8_BLOCK} x {FP8_BLOCK} block."
         )
-    rows, columns = weight.shape
-    by_column = scale_inv.float().repeat_interleave(FP8_BLOCK, dim=1)[:, :columns]
-    values = _e4m3_to_float(weight.contiguous())
-    whole_blocks = rows // FP8_BLOCK
-    split = whole_blocks * FP8_BLOCK
-    values[:split].view(whole_blocks, FP8_BLOCK, columns).mul_(by_column[:whole_blocks].unsqueeze(1))
-    values[split:].mul_(by_column[whole_blocks:])
-    return values.to(dtype)
 
 
 def _scale_of(largest: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
