@@ -120,8 +120,9 @@ def rows_kernel(
         b_result = tl.zeros([ROWS, TOKENS], tl.float32)
         for k in range(0, WIDTH, K):
             if TRANSPOSED:
-                p_k = p_from + (k + o_k)[:, None] * OUTPUTS + o_safe[None, :]
-                b_weight = tl.trans(tl.load(p_k, (o_k < WIDTH - k)[:, None], other=0.0))
+                # Not clamped, but masked: adjacent columns are loaded at once.
+                p_k = p_from + (k + o_k)[:, None] * OUTPUTS + o_output[None, :]
+                b_weight = tl.trans(tl.load(p_k, (o_k < WIDTH - k)[:, None] & (o_output < OUTPUTS)[None, :], other=0.0))
             elif WIDTH % K == 0:
                 b_weight = tl.load(p_from + o_safe[:, None] * WIDTH + (k + o_k)[None, :])
             else:

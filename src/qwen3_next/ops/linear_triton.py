@@ -17,7 +17,7 @@ from qwen3_next.ops.backend import refuses
 from qwen3_next.ops.common_triton import dot
 from qwen3_next.ops.linear import check_weight
 from qwen3_next.ops.quant import FP8_BLOCK
-from qwen3_next.ops.quant_triton import quantize_into, rounded, rounded_rows, spread
+from qwen3_next.ops.quant_triton import quantize_into, rounded, spread
 
 VECTOR_TOKENS, VECTOR_TOKENS_FP8 = 2, 1
 """Up to so many tokens are multiplied without tensor cores, by programs that read whole rows of the weight at once."""
@@ -69,11 +69,10 @@ def linear(
     bias = None if bias is None else bias.contiguous()
     if tokens <= (VECTOR_TOKENS if scale_inv is None else VECTOR_TOKENS_FP8) and weight.shape[1] <= VECTOR_WIDTH:
         result = _vector_product(rows, weight, scale_inv, bias)
-    elif tokens <= (FEW_TOKENS if scale_inv is None else FEW_TOKENS_FP8):
-        result = _few_product(rows, weight, scale_inv, bias)
+    elif scale_inv is None:
+        result = _few_product(rows, weight, bias)
     else:
-        assert scale_inv is not None, "many tokens meet ordinary weights in cuBLAS"
-        result = _many_product(rows, weight, scale_inv, bias)
+        result = _fp8_product(rows, weight, scale_inv, bias)
     return result.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -99,33 +98,37 @@ def _vector_product(x: Tensor, weight: Tensor, scale_inv: Tensor | None, bias: T
     return result
 
 
-def _few_product(x: Tensor, weight: Tensor, scale_inv: Tensor | None, bias: Tensor | None) -> Tensor:
-    result, has_many_rows = x.new_empty(len(x), weight.shape[0]), len(weight) >= MANY_ROWS
-    if scale_inv is not None:
-        settings = FEW_FP8 if has_many_rows else FEW_FP8_OF_FEW_ROWS
-    elif x.element_size() > 2:
-        settings = FEW_SINGLE_PRECISION
-    else:
-        settings = FEW if has_many_rows else FEW_OF_FEW_ROWS
-    _launch(Rows(x, None), weight, scale_inv, bias, result, max(16, triton.next_power_of_2(len(x))), settings)
+def _few_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    result = x.new_empty(len(x), weight.shape[0])
+    settings = FEW if len(weight) >= MANY_ROWS else FEW_OF_FEW_ROWS
+    settings = FEW_SINGLE_PRECISION if x.element_size() > 2 else settings
+    _launch(Rows(x, None), weight, None, bias, result, _few_block(len(x)), settings)
     return result
 
 
-def _many_product(x: Tensor, weight: Tensor, scale_inv: Tensor, bias: Tensor | None) -> Tensor:
-    """Of fp8: tokens are quantised before, and their number is filled up as cuBLAS wants the scales to be aligned."""
+def _few_block(tokens: int) -> int:
+    return max(16, triton.next_power_of_2(tokens))
+
+
+def _fp8_product(x: Tensor, weight: Tensor, scale_inv: Tensor, bias: Tensor | None) -> Tensor:
+    """Tokens are quantised before: every program needs all channels of its tokens, so it would round them again."""
     tokens, columns = x.shape
-    padded = triton.cdiv(tokens, 16) * 16
+    padded = triton.cdiv(tokens, 16) * 16  # how cuBLAS wants the scales aligned
     values = torch.empty(padded, columns, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(triton.cdiv(columns, FP8_BLOCK), padded, dtype=torch.float32, device=x.device).t()
     quantize_into(x, values, scales)
-    if _library_takes(x, weight, bias):
+    if tokens > FEW_TOKENS_FP8 and _library_takes(x, weight, bias):
         recipe = F.ScalingType
         return F.scaled_mm(
             values, weight.t(), scales, recipe.BlockWise1x128, scale_inv.float().t(), recipe.BlockWise128x128,
             bias=bias, output_dtype=x.dtype,
         )[:tokens]  # fmt: skip
     result = x.new_empty(tokens, weight.shape[0])
-    _launch(Rows(values, scales), weight, scale_inv, bias, result, MANY_TOKENS, MANY_FP8)
+    if tokens > FEW_TOKENS_FP8:
+        block, settings = MANY_TOKENS, MANY_FP8
+    else:
+        block, settings = _few_block(tokens), FEW_FP8 if len(weight) >= MANY_ROWS else FEW_FP8_OF_FEW_ROWS
+    _launch(Rows(values, scales), weight, scale_inv, bias, result, block, settings)
     return result
 
 
@@ -213,11 +216,8 @@ def _matrix_kernel(
             b_result = dot(b_weight, tl.trans(b_x), b_result)
         else:
             b_scale = tl.load(p_scales + k // SCALE).to(tl.float32)
-            if p_x_scales is None:
-                b_x, b_x_scale = rounded_rows(b_x)
-            else:
-                p_scale = p_x_scales + o_token * token_stride + k // SCALE * tile_stride
-                b_x_scale = tl.load(p_scale, o_token < tokens, other=0.0)
+            p_scale = p_x_scales + o_token * token_stride + k // SCALE * tile_stride
+            b_x_scale = tl.load(p_scale, o_token < tokens, other=0.0)
             b_result += dot(b_weight, tl.trans(b_x)) * (b_scale * b_x_scale)[None, :]
     if p_bias is not None:
         b_result += tl.load(p_bias + o_row, o_row < rows, other=0.0).to(tl.float32)[:, None]
