@@ -140,7 +140,7 @@ def check_scales(weight: Tensor, scale_inv: Tensor) -> None:
 
 
 def _scale_of(largest: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-    scales = largest / FP8_LARGEST
+    scales = largest / torch.full_like(largest, FP8_LARGEST)  # by a number CUDA would multiply with its inverse
     return torch.where(scales == 0, 1.0, scales)
 
 

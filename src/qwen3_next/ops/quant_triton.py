@@ -79,23 +79,34 @@ def dequantize_block_fp8(
 @triton.jit
 def scale_of(b_largest):
     """The factor that brings the largest magnitude of a block to 448, the largest e4m3; 1 for zeros."""
-    b_scale = b_largest / 448.0
+    b_scale = tl.div_rn(b_largest, 448.0)  # as torch divides; the bits of both agree
     return tl.where(b_scale == 0, 1.0, b_scale)
 
 
 @triton.jit
 def to_e4m3(b_x):
-    """To the nearest e4m3, ties to even, saturating."""
-    b_x = tl.minimum(
-        tl.maximum(b_x, -448.0, propagate_nan=tl.PropagateNan.ALL), 448.0, propagate_nan=tl.PropagateNan.ALL
-    )
-    if INTERPRETED:
-        # The interpreter loses the carry where rounding reaches the next power of two, so nothing is left to round.
-        b_bits = b_x.to(tl.int32, bitcast=True)
-        b_normal = ((b_bits + 0x7FFFF + ((b_bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-        b_subnormal = ((b_x * 512.0 + 12582912.0) - 12582912.0) / 512.0
-        b_x = tl.where(tl.abs(b_x) < 0.015625, b_subnormal, b_normal)
+    """fp32 to the nearest e4m3, ties to even, saturating; NaN stays."""
+    if INTERPRETED:  # whose cast loses the carry where rounding reaches a power of two, and makes a number of NaN
+        b_abs, b_sign = tl.minimum(tl.abs(b_x), 448.0), (b_x.to(tl.int32, bitcast=True) >> 24) & 0x80
+        # To add 1.5 * 2^23 units of e4m3's last bit and take them off again rounds to these; all below 2^-6 share one.
+        b_exponent = tl.maximum(b_abs.to(tl.int32, bitcast=True) & 0x7F800000, (127 - 6) << 23)
+        b_units = (b_exponent + (20 << 23)).to(tl.float32, bitcast=True) * 1.5
+        b_code = ((b_abs + b_units) - b_units).to(tl.float8e4nv).to(tl.uint8, bitcast=True) | b_sign.to(tl.uint8)
+        return tl.where(b_x == b_x, b_code, 0x7F).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
     return b_x.to(tl.float8e4nv)
+
+
+@triton.jit
+def divided(b_x, b_scale):
+    """`b_x / b_scale` rounded to nearest where the scale is above 2^-126, by one division per scale.
+
+    (Markstein 1990, IBM J. Res. Dev. 34(1): a product with the rounded inverse, corrected by its exact remainder.)
+    """
+    if INTERPRETED:  # which rounds between product and sum
+        return b_x / b_scale
+    b_inverse = tl.minimum(tl.div_rn(1.0, b_scale), 3e38)
+    b_quotient = b_x * b_inverse
+    return tl.fma(tl.fma(-b_quotient, tl.zeros_like(b_x) + b_scale, b_x), tl.zeros_like(b_x) + b_inverse, b_quotient)
 
 
 @triton.jit
@@ -103,7 +114,7 @@ def rounded_rows(b_x):
     """Rows as fp8 keeps them, and their scales."""
     b_x = b_x.to(tl.float32)
     b_scale = scale_of(tl.max(tl.abs(b_x), axis=1))
-    return to_e4m3(b_x / b_scale[:, None]), b_scale
+    return to_e4m3(divided(b_x, b_scale[:, None])), b_scale
 
 
 @triton.jit
@@ -146,7 +157,7 @@ def _weight_kernel(p_weight, p_values, p_scales, rows, columns, row_blocks, colu
     b_weight = tl.load(p_weight + o_weight, mask, other=0.0).to(tl.float32)
     scale = scale_of(tl.max(tl.max(tl.abs(b_weight), axis=1), axis=0))
     tl.store(p_scales + i_block, scale)
-    tl.store(p_values + o_weight, to_e4m3(b_weight / scale), mask)
+    tl.store(p_values + o_weight, to_e4m3(divided(b_weight, scale)), mask)
 
 
 @triton.jit
