@@ -24,20 +24,18 @@ VECTOR_TOKENS, VECTOR_TOKENS_FP8 = 2, 1
 
 VECTOR_WIDTH = 8_192
 VECTOR = {"elements": 4_096, "num_warps": 4}
-"""The widest row, and elements of the weight that a program takes, twice as many of fp8. For H100 and H200."""
+VECTOR_FP8 = {"elements": 16_384, "num_warps": 8}
+"""The widest row, and elements of the weight that a program takes. For H100 and H200."""
 
-FEW_TOKENS, FEW_TOKENS_FP8 = 16, 64
+FEW_TOKENS = 16
 FEW = {"ROWS": 64, "K": 128, "num_warps": 4, "num_stages": 4}
-FEW_OF_FEW_ROWS = {"ROWS": 16, "K": 256, "num_warps": 4, "num_stages": 4}
-FEW_SINGLE_PRECISION = {"ROWS": 32, "K": 64, "num_warps": 4, "num_stages": 3}
-FEW_FP8 = {"ROWS": 64, "K": 128, "num_warps": 4, "num_stages": 4}
-FEW_FP8_OF_FEW_ROWS = {"ROWS": 16, "K": 128, "num_warps": 4, "num_stages": 6}
+FEW_FP8 = {"ROWS": 64, "K": 128, "num_warps": 4, "num_stages": 6}
 MANY_FP8 = {"ROWS": 128, "K": 128, "num_warps": 4, "num_stages": 3}
 """Up to how many tokens a program keeps many loads of the weight on their way; rows and columns of the weight that it
 takes at once. K is 128 for fp8: a scale. For H100 and H200."""
 
-MANY_ROWS = 4_096
-"""Rows of a weight from which on large tiles still fill the card."""
+FEW_ROWS = 4_096
+"""Up to so many rows of an ordinary weight too few programs would read it: cuBLAS, which splits channels, is faster."""
 
 MANY_TOKENS = 64
 """Tokens of a program of `MANY_FP8`."""
@@ -62,15 +60,18 @@ def linear(
     """The twin of `ops.linear.linear`; ordinary weights with gradients are torch's."""
     check_weight(x, weight, scale_inv)
     tokens = x.numel() // max(1, x.shape[-1])
-    if scale_inv is None and (tokens > FEW_TOKENS or _differentiable(x, weight, bias) or 0 in (tokens, weight.numel())):
+    most = VECTOR_TOKENS if scale_inv is None else VECTOR_TOKENS_FP8
+    by_rows = 0 < tokens <= most and 0 < weight.shape[1] <= VECTOR_WIDTH
+    if scale_inv is None and (_differentiable(x, weight, bias) or not (by_rows or _takes_few(tokens, weight))):
         return F.linear(x, weight, bias)
     rows, weight = _adjacent(x.reshape(-1, x.shape[-1])), _adjacent(weight)
     scale_inv = None if scale_inv is None else scale_inv.contiguous()
     bias = None if bias is None else bias.contiguous()
-    if tokens <= (VECTOR_TOKENS if scale_inv is None else VECTOR_TOKENS_FP8) and weight.shape[1] <= VECTOR_WIDTH:
+    if by_rows:
         result = _vector_product(rows, weight, scale_inv, bias)
     elif scale_inv is None:
-        result = _few_product(rows, weight, bias)
+        result = x.new_empty(tokens, weight.shape[0])
+        _launch(Rows(rows, None), weight, None, bias, result, FEW_TOKENS, FEW)
     else:
         result = _fp8_product(rows, weight, scale_inv, bias)
     return result.view(*x.shape[:-1], weight.shape[0])
@@ -78,6 +79,11 @@ def linear(
 
 def _differentiable(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _takes_few(tokens: int, weight: Tensor) -> bool:
+    """Whether few tokens and an ordinary weight are multiplied here: where that was measured to beat cuBLAS."""
+    return 0 < tokens <= FEW_TOKENS and len(weight) > FEW_ROWS and weight.shape[1] > 0 and weight.element_size() == 2
 
 
 def _adjacent(x: Tensor) -> Tensor:
@@ -89,25 +95,14 @@ def _vector_product(x: Tensor, weight: Tensor, scale_inv: Tensor | None, bias: T
     rows, width = weight.shape
     result = x.new_empty(len(x), rows)
     block = max(FP8_BLOCK, triton.next_power_of_2(width))
-    tile = max(1, min(FP8_BLOCK, VECTOR["elements"] * 2 // weight.element_size() // block))
+    settings = VECTOR if scale_inv is None else VECTOR_FP8
+    tile = max(1, min(FP8_BLOCK, settings["elements"] // block))
     if result.numel() > 0:
         _vector_kernel[(triton.cdiv(rows, tile),)](
             x, weight, scale_inv, bias, result, x.stride(0), weight.stride(0), rows,
-            WIDTH=width, SCALE=FP8_BLOCK, TOKENS=len(x), ROWS=tile, K=block, num_warps=VECTOR["num_warps"],
+            WIDTH=width, SCALE=FP8_BLOCK, TOKENS=len(x), ROWS=tile, K=block, num_warps=settings["num_warps"],
         )  # fmt: skip
     return result
-
-
-def _few_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    result = x.new_empty(len(x), weight.shape[0])
-    settings = FEW if len(weight) >= MANY_ROWS else FEW_OF_FEW_ROWS
-    settings = FEW_SINGLE_PRECISION if x.element_size() > 2 else settings
-    _launch(Rows(x, None), weight, None, bias, result, _few_block(len(x)), settings)
-    return result
-
-
-def _few_block(tokens: int) -> int:
-    return max(16, triton.next_power_of_2(tokens))
 
 
 def _fp8_product(x: Tensor, weight: Tensor, scale_inv: Tensor, bias: Tensor | None) -> Tensor:
@@ -117,17 +112,14 @@ def _fp8_product(x: Tensor, weight: Tensor, scale_inv: Tensor, bias: Tensor | No
     values = torch.empty(padded, columns, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(triton.cdiv(columns, FP8_BLOCK), padded, dtype=torch.float32, device=x.device).t()
     quantize_into(x, values, scales)
-    if tokens > FEW_TOKENS_FP8 and _library_takes(x, weight, bias):
+    if tokens > FEW_TOKENS and _library_takes(x, weight, bias):
         recipe = F.ScalingType
         return F.scaled_mm(
             values, weight.t(), scales, recipe.BlockWise1x128, scale_inv.float().t(), recipe.BlockWise128x128,
             bias=bias, output_dtype=x.dtype,
         )[:tokens]  # fmt: skip
     result = x.new_empty(tokens, weight.shape[0])
-    if tokens > FEW_TOKENS_FP8:
-        block, settings = MANY_TOKENS, MANY_FP8
-    else:
-        block, settings = _few_block(tokens), FEW_FP8 if len(weight) >= MANY_ROWS else FEW_FP8_OF_FEW_ROWS
+    block, settings = (FEW_TOKENS, FEW_FP8) if tokens <= FEW_TOKENS else (MANY_TOKENS, MANY_FP8)
     _launch(Rows(values, scales), weight, scale_inv, bias, result, block, settings)
     return result
 
@@ -190,7 +182,7 @@ def _vector_kernel(
         tl.store(p_out, b_result.to(p_result.dtype.element_ty), o_row < rows)
 
 
-@triton.jit(do_not_specialize=["tokens", "blocks"])
+@triton.jit(do_not_specialize=["tokens", "tiles", "blocks"])
 def _matrix_kernel(
     p_x, p_x_scales, p_weight, p_scales, p_bias, p_result, x_stride, token_stride, tile_stride, weight_stride,
     tokens, rows, tiles, blocks,
@@ -204,6 +196,8 @@ def _matrix_kernel(
     p_x += o_token[:, None] * x_stride + o_k[None, :]
     if p_scales is not None:
         p_scales += (i_tile * ROWS // SCALE) * ((WIDTH + SCALE - 1) // SCALE)
+        p_x_scales += o_token * token_stride
+        b_next = tl.load(p_x_scales, o_token < tokens, other=0.0) * tl.load(p_scales).to(tl.float32)
     b_result = tl.zeros([ROWS, TOKENS], tl.float32)
     for k in range(0, WIDTH, K):
         if WIDTH % K == 0:
@@ -215,10 +209,13 @@ def _matrix_kernel(
         if p_scales is None:
             b_result = dot(b_weight, tl.trans(b_x), b_result)
         else:
-            b_scale = tl.load(p_scales + k // SCALE).to(tl.float32)
-            p_scale = p_x_scales + o_token * token_stride + k // SCALE * tile_stride
-            b_x_scale = tl.load(p_scale, o_token < tokens, other=0.0)
-            b_result += dot(b_weight, tl.trans(b_x)) * (b_scale * b_x_scale)[None, :]
+            # Scales of the next step are on their way while this one multiplies.
+            b_scale, i_next, more = b_next, k // SCALE + 1, k + K < WIDTH
+            b_next = tl.load(p_x_scales + i_next * tile_stride, (o_token < tokens) & more, other=0.0)
+            b_next *= tl.load(p_scales + i_next, more, other=0.0).to(tl.float32)
+            if p_result.dtype.element_ty == tl.float32:  # tensor cores keep 14 bits of a sum of e4m3, all of fp16's
+                b_weight, b_x = b_weight.to(tl.float16), b_x.to(tl.float16)
+            b_result += dot(b_weight, tl.trans(b_x)) * b_scale[None, :]
     if p_bias is not None:
         b_result += tl.load(p_bias + o_row, o_row < rows, other=0.0).to(tl.float32)[:, None]
     p_result += o_token[None, :] * rows + o_row[:, None]
