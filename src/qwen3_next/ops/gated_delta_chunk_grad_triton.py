@@ -23,15 +23,12 @@ def query_gradients_kernel(
 ):  # fmt: skip
     """One chunk of one key head; equation 5, and terms 0 to 2 of the gradients of the gates."""
     i_key, i_chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    exact: tl.constexpr = p_q.dtype.element_ty == tl.float32
     token, count = _tokens(p_cu_seqlens, p_first_chunk, p_sequences, i_chunk, L)
     o_row, o_k = tl.arange(0, L), tl.arange(0, BK)
-    b_k = load_rows(p_k + i_key * DK, token, K_ROW, o_k, DK, count, L)
-    b_q = load_rows(p_q + i_key * DK, token, Q_ROW, o_k, DK, count, L)
-    rstd_q = _load_scales(p_rstd_q + token * HK + i_key, HK, count, L)
-    rstd_k = _load_scales(p_rstd_k + token * HK + i_key, HK, count, L)
     b_grad = tl.zeros([L, BK], dtype=tl.float32)
-    for i_shared in tl.static_range(HV // HK):
-        i_head = i_key * (HV // HK) + i_shared
+    for i_head in range(i_key * (HV // HK), (i_key + 1) * (HV // HK)):
+        token, count = _tokens(p_cu_seqlens, p_first_chunk, p_sequences, i_chunk, L)
         i_system = i_chunk * HV + i_head
         p_term = p_terms + i_system * (9 * L) + o_row
         b_attention = tl.zeros([L, L], dtype=tl.float32)
@@ -44,6 +41,7 @@ def query_gradients_kernel(
             b_attention = dot(b_output, tl.trans(b_written), b_attention)
             b_read = dot(b_output, tl.trans(b_state), b_read)
         b_read *= tl.load(p_scales + i_system * (4 * L) + 3 * L + o_row)[:, None]
+        b_q = load_rows(p_q + i_key * DK, token, Q_ROW, o_k, DK, count, L)
         tl.store(p_term + 2 * L, tl.sum(b_q.to(tl.float32) * b_read, axis=1))
         b_grad += b_read
         b_given = load_square(p_attention + i_system * (L * L), L).to(tl.float32)
@@ -51,108 +49,141 @@ def query_gradients_kernel(
         tl.store(p_term, tl.sum(b_decays, axis=1))
         tl.store(p_term + L, tl.sum(b_decays, axis=0))
         high, low = _load_sums(p_sums + token * HV + i_head, HV, count, L)
-        exact: tl.constexpr = p_q.dtype.element_ty == tl.float32
         b_attention *= _ratios(high[:, None], high[None, :], low[:, None], low[None, :],
                                (o_row[:, None] >= o_row[None, :]) & (o_row < count)[:, None], exact)  # fmt: skip
+        rstd_q = _load_scales(p_rstd_q + token * HK + i_key, HK, count, L)
+        rstd_k = _load_scales(p_rstd_k + token * HK + i_key, HK, count, L)
         b_attention *= rstd_q[:, None] * rstd_k[None, :]
+        b_k = load_rows(p_k + i_key * DK, token, K_ROW, o_k, DK, count, L)
         b_grad = dot(b_attention.to(b_k.dtype), b_k, b_grad)
+    token, count = _tokens(p_cu_seqlens, p_first_chunk, p_sequences, i_chunk, L)
+    b_q = load_rows(p_q + i_key * DK, token, Q_ROW, o_k, DK, count, L)
+    rstd_q = _load_scales(p_rstd_q + token * HK + i_key, HK, count, L)
     _store_key(p_grad_q + (token * HK + i_key) * DK, b_grad, b_q, rstd_q * rstd_q * DK, count, HK, DK, BK)
 
 
 @triton.jit
 def key_gradients_kernel(
-    p_q, p_k, p_v, p_grad_output, p_written, p_grad_alone, p_states, p_grad_states, p_sums, p_scales,
-    p_rstd_q, p_rstd_k, p_grad_k, p_grad_v, p_terms, p_cu_seqlens, p_first_chunk, p_sequences,
-    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    p_q, p_k, p_grad_output, p_written, p_grad_alone, p_states, p_grad_states, p_sums, p_scales,
+    p_rstd_q, p_rstd_k, p_grad_k, p_terms, p_cu_seqlens, p_first_chunk, p_sequences,
+    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one key head; equations 4 and 6, and terms 3 to 8 of the gradients of the gates."""
+    """One chunk of one key head; equation 6, and terms 4 to 7 of the gradients of the gates."""
     i_key, i_chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    exact: tl.constexpr = p_q.dtype.element_ty == tl.float32
     token, count = _tokens(p_cu_seqlens, p_first_chunk, p_sequences, i_chunk, L)
     o_row, o_k = tl.arange(0, L), tl.arange(0, BK)
     o_line, o_other = o_row[:, None], o_row[None, :]
-    b_k = load_rows(p_k + i_key * DK, token, K_ROW, o_k, DK, count, L)
-    b_q = load_rows(p_q + i_key * DK, token, Q_ROW, o_k, DK, count, L)
-    rstd_q = _load_scales(p_rstd_q + token * HK + i_key, HK, count, L)
-    rstd_k = _load_scales(p_rstd_k + token * HK + i_key, HK, count, L)
     b_grad = tl.zeros([L, BK], dtype=tl.float32)
-    for i_shared in tl.static_range(HV // HK):
-        i_head = i_key * (HV // HK) + i_shared
+    for i_head in range(i_key * (HV // HK), (i_key + 1) * (HV // HK)):
+        token, count = _tokens(p_cu_seqlens, p_first_chunk, p_sequences, i_chunk, L)
         i_system = i_chunk * HV + i_head
         p_scale = p_scales + i_system * (4 * L) + o_row
         p_term = p_terms + i_system * (9 * L) + o_row
-        beta = tl.load(p_scale)
 
-        # From the states that enter and leave.
-        b_read, b_write = tl.zeros([L, BK], dtype=tl.float32), tl.zeros([L, BK], dtype=tl.float32)
-        along_v = tl.zeros([L], dtype=tl.float32)
-        kept = 0.0
+        # From the state that enters.
+        b_read = tl.zeros([L, BK], dtype=tl.float32)
         for i_value in tl.static_range(0, DV, BV):
             o_column = i_value + tl.arange(0, BV)
             b_alone = load_rows(p_grad_alone + i_head * DV, token, HV * DV, o_column, DV, count, L)
-            b_v = load_rows(p_v + i_head * DV, token, V_ROW, o_column, DV, count, L)
-            along_v += tl.sum(b_alone.to(tl.float32) * b_v.to(tl.float32), axis=1)
-            is_value = (o_line < count) & (o_column < DV)[None, :]
-            p_place = p_grad_v + i_head * DV + token * (HV * DV) + (o_line * (HV * DV) + o_column[None, :])
-            tl.store(p_place, (b_alone.to(tl.float32) * beta[:, None]).to(b_alone.dtype), is_value)
             b_state = _load_state(p_states + i_system * (DK * DV), o_k, o_column, DK, DV)
-            b_grad_state = _load_state(p_grad_states + i_system * (DK * DV), o_k, o_column, DK, DV)
-            kept += tl.sum(b_state.to(tl.float32) * b_grad_state.to(tl.float32))
             b_read = dot(b_alone, tl.trans(b_state), b_read)
-            b_written = load_rows(p_written + i_head * DV, token, HV * DV, o_column, DV, count, L)
-            b_write = dot(b_written, tl.trans(b_grad_state), b_write)
-        tl.store(p_term + 3 * L, along_v)
-        tl.store(p_terms + i_system * (9 * L) + 8 * L, kept)
         b_read *= tl.load(p_scale + L)[:, None]
-        b_write *= tl.load(p_scale + 2 * L)[:, None]
+        b_k = load_rows(p_k + i_key * DK, token, K_ROW, o_k, DK, count, L)
         tl.store(p_term + 6 * L, tl.sum(b_k.to(tl.float32) * b_read, axis=1))
-        tl.store(p_term + 7 * L, tl.sum(b_k.to(tl.float32) * b_write, axis=1))
-        b_grad += b_write - beta[:, None] * b_read
+        b_grad -= tl.load(p_scale)[:, None] * b_read
 
-        # From the products of the values among themselves; a transpose is what later tokens give to earlier ones.
-        b_system, b_transpose = tl.zeros([L, L], dtype=tl.float32), tl.zeros([L, L], dtype=tl.float32)
-        b_attention = tl.zeros([L, L], dtype=tl.float32)
+        # From the state that leaves.
+        token, count = _tokens(p_cu_seqlens, p_first_chunk, p_sequences, i_chunk, L)
+        b_write = tl.zeros([L, BK], dtype=tl.float32)
         for i_value in tl.static_range(0, DV, BV):
             o_column = i_value + tl.arange(0, BV)
-            b_alone = load_rows(p_grad_alone + i_head * DV, token, HV * DV, o_column, DV, count, L)
+            b_written = load_rows(p_written + i_head * DV, token, HV * DV, o_column, DV, count, L)
+            b_grad_state = _load_state(p_grad_states + i_system * (DK * DV), o_k, o_column, DK, DV)
+            b_write = dot(b_written, tl.trans(b_grad_state), b_write)
+        b_write *= tl.load(p_scale + 2 * L)[:, None]
+        b_k = load_rows(p_k + i_key * DK, token, K_ROW, o_k, DK, count, L)
+        tl.store(p_term + 7 * L, tl.sum(b_k.to(tl.float32) * b_write, axis=1))
+        b_grad += b_write
+
+        # What later tokens give to earlier ones: transposes.
+        token, count = _tokens(p_cu_seqlens, p_first_chunk, p_sequences, i_chunk, L)
+        b_system, b_attention = tl.zeros([L, L], dtype=tl.float32), tl.zeros([L, L], dtype=tl.float32)
+        for i_value in tl.static_range(0, DV, BV):
+            o_column = i_value + tl.arange(0, BV)
             b_written = load_rows(p_written + i_head * DV, token, HV * DV, o_column, DV, count, L)
             b_output = load_rows(p_grad_output + i_head * DV, token, HV * DV, o_column, DV, count, L)
-            b_system = dot(b_alone, tl.trans(b_written), b_system)
-            b_transpose = dot(b_written, tl.trans(b_alone), b_transpose)
+            b_alone = load_rows(p_grad_alone + i_head * DV, token, HV * DV, o_column, DV, count, L)
             b_attention = dot(b_written, tl.trans(b_output), b_attention)
+            b_system = dot(b_written, tl.trans(b_alone), b_system)
         high, low = _load_sums(p_sums + token * HV + i_head, HV, count, L)
-        exact: tl.constexpr = p_q.dtype.element_ty == tl.float32
         b_ratios = _ratios(high[None, :], high[:, None], low[None, :], low[:, None],
                            (o_line <= o_other) & (o_other < count), exact)  # fmt: skip
-        b_attention *= b_ratios * (rstd_k[:, None] * rstd_q[None, :])
+        rstd_q = _load_scales(p_rstd_q + token * HK + i_key, HK, count, L)
+        rstd_k = _load_scales(p_rstd_k + token * HK + i_key, HK, count, L)
+        b_ratios *= rstd_k[:, None]
+        b_attention *= b_ratios * rstd_q[None, :]
+        b_q = load_rows(p_q + i_key * DK, token, Q_ROW, o_k, DK, count, L)
         b_grad = dot(b_attention.to(b_q.dtype), b_q, b_grad)
-        b_transpose *= tl.where(o_line < o_other, -b_ratios, 0.0)
+        b_system *= tl.where(o_line < o_other, b_ratios * -(rstd_k * tl.load(p_scale))[None, :], 0.0)
+        b_k = load_rows(p_k + i_key * DK, token, K_ROW, o_k, DK, count, L)
+        b_grad = dot(b_system.to(b_k.dtype), b_k, b_grad)
+
+        # What they receive.
+        token, count = _tokens(p_cu_seqlens, p_first_chunk, p_sequences, i_chunk, L)
+        b_system = tl.zeros([L, L], dtype=tl.float32)
+        for i_value in tl.static_range(0, DV, BV):
+            o_column = i_value + tl.arange(0, BV)
+            b_alone = load_rows(p_grad_alone + i_head * DV, token, HV * DV, o_column, DV, count, L)
+            b_written = load_rows(p_written + i_head * DV, token, HV * DV, o_column, DV, count, L)
+            b_system = dot(b_alone, tl.trans(b_written), b_system)
+        high, low = _load_sums(p_sums + token * HV + i_head, HV, count, L)
         b_system *= _ratios(high[:, None], high[None, :], low[:, None], low[None, :],
                             (o_line > o_other) & (o_line < count), exact)  # fmt: skip
+        rstd_k = _load_scales(p_rstd_k + token * HK + i_key, HK, count, L)
         b_system *= rstd_k[:, None] * rstd_k[None, :]
+        b_k = load_rows(p_k + i_key * DK, token, K_ROW, o_k, DK, count, L)
         b_corrections = dot(b_k, tl.trans(b_k)) * b_system
         tl.store(p_term + 4 * L, tl.sum(b_corrections, axis=1))
+        beta = tl.load(p_scale)
         tl.store(p_term + 5 * L, tl.sum(b_corrections * beta[:, None], axis=0))
-        b_system = b_transpose * (rstd_k[:, None] * (rstd_k * beta)[None, :]) - b_system * beta[:, None]
-        b_grad = dot(b_system.to(b_k.dtype), b_k, b_grad)
+        b_grad = dot((b_system * -beta[:, None]).to(b_k.dtype), b_k, b_grad)
+    token, count = _tokens(p_cu_seqlens, p_first_chunk, p_sequences, i_chunk, L)
+    b_k = load_rows(p_k + i_key * DK, token, K_ROW, o_k, DK, count, L)
+    rstd_k = _load_scales(p_rstd_k + token * HK + i_key, HK, count, L)
     _store_key(p_grad_k + (token * HK + i_key) * DK, b_grad, b_k, rstd_k * rstd_k, count, HK, DK, BK)
 
 
 @triton.jit
 def gate_gradients_kernel(
-    p_terms, p_scales, p_decay, p_grad_log_decay, p_grad_beta, p_cu_seqlens, p_first_chunk, p_sequences,
-    HV: tl.constexpr, L: tl.constexpr,
+    p_v, p_grad_alone, p_states, p_grad_states, p_terms, p_scales, p_decay,
+    p_grad_v, p_grad_log_decay, p_grad_beta, p_cu_seqlens, p_first_chunk, p_sequences,
+    V_ROW: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one value head; equations 7 and 8, from their terms."""
+    """One chunk of one value head; equation 4, and 7 and 8 from their terms."""
     i_head, i_chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token, count = _tokens(p_cu_seqlens, p_first_chunk, p_sequences, i_chunk, L)
     i_system = i_chunk * HV + i_head
-    o_row = tl.arange(0, L)
+    o_row, o_k = tl.arange(0, L), tl.arange(0, BK)
     valid, beta = o_row < count, tl.load(p_scales + i_system * (4 * L) + o_row)
+    kept = 0.0
+    along_v = tl.zeros([L], dtype=tl.float32)
+    for i_value in tl.static_range(0, DV, BV):
+        o_column = i_value + tl.arange(0, BV)
+        b_alone = load_rows(p_grad_alone + i_head * DV, token, HV * DV, o_column, DV, count, L).to(tl.float32)
+        b_v = load_rows(p_v + i_head * DV, token, V_ROW, o_column, DV, count, L).to(tl.float32)
+        along_v += tl.sum(b_alone * b_v, axis=1)
+        is_value = valid[:, None] & (o_column < DV)[None, :]
+        p_place = p_grad_v + i_head * DV + token * (HV * DV) + (o_row[:, None] * (HV * DV) + o_column[None, :])
+        tl.store(p_place, (b_alone * beta[:, None]).to(p_grad_v.dtype.element_ty), is_value)
+        b_state = _load_state(p_states + i_system * (DK * DV), o_k, o_column, DK, DV).to(tl.float32)
+        b_grad_state = _load_state(p_grad_states + i_system * (DK * DV), o_k, o_column, DK, DV).to(tl.float32)
+        kept += tl.sum(b_state * b_grad_state)
     p_term = p_terms + i_system * (9 * L) + o_row
     mutual, forgotten = tl.load(p_term + 4 * L), tl.load(p_term + 6 * L)
-    grad_beta = tl.load(p_term + 3 * L) - mutual - forgotten
+    grad_beta = along_v - mutual - forgotten
     place = token * HV + i_head + o_row * HV
     tl.store(p_grad_beta + place, grad_beta.to(p_grad_beta.dtype.element_ty), valid)
     grad_sums = tl.load(p_term) - tl.load(p_term + L) + tl.load(p_term + 2 * L)
@@ -160,8 +191,7 @@ def gate_gradients_kernel(
     # The decay of token t is in the sums of t and all after it, and in the fading of what those before it wrote.
     faded = tl.load(p_term + 7 * L)
     terms = tl.where(o_row[:, None] > o_row[None, :], faded[None, :], tl.where(valid, grad_sums, 0.0)[None, :])
-    kept = tl.load(p_terms + i_system * (9 * L) + 8 * L) * tl.load(p_decay + i_system)
-    grad_log_decay = tl.sum(terms, axis=1) + kept
+    grad_log_decay = tl.sum(terms, axis=1) + kept * tl.load(p_decay + i_system)
     tl.store(p_grad_log_decay + place, grad_log_decay.to(p_grad_log_decay.dtype.element_ty), valid)
 
 

@@ -156,14 +156,15 @@ def _chunk_gradients(
             **shape, BV=query[0], num_warps=query[1], num_stages=2,
         )  # fmt: skip
         key_gradients_kernel[(key_heads, chunks.count)](
-            *(q, k, v, grad_output, walks.written, walks.grad_alone, walks.states, walks.grad_states),
-            *(systems.sums, systems.scales, systems.rstd_q, systems.rstd_k),
-            *(grad_k, grad_v, terms, *places),
-            **shape, V_ROW=v.stride(0), BV=key[0], num_warps=key[1], num_stages=2,
+            *(q, k, grad_output, walks.written, walks.grad_alone, walks.states, walks.grad_states),
+            *(systems.sums, systems.scales, systems.rstd_q, systems.rstd_k, grad_k, terms, *places),
+            **shape, BV=key[0], num_warps=key[1], num_stages=2,
         )  # fmt: skip
         gate_gradients_kernel[(value_heads, chunks.count)](
-            *(terms, systems.scales, systems.decay, grad_log_decay, grad_beta, *places),
-            HV=value_heads, L=CHUNK, num_warps=2, num_stages=2,
+            *(v, walks.grad_alone, walks.states, walks.grad_states, terms, systems.scales, systems.decay),
+            *(grad_v, grad_log_decay, grad_beta, *places),
+            V_ROW=v.stride(0), HV=value_heads, DK=dk, DV=dv, BK=padded_width(dk), BV=min(64, padded_width(dv)),
+            L=CHUNK, num_warps=4, num_stages=2,
         )  # fmt: skip
     return GatedDeltaGradients(grad_q, grad_k, grad_v, grad_log_decay, grad_beta, walks.grad_initial)
 
