@@ -54,6 +54,9 @@ from qwen3_next.ops.gated_delta_scan_grad_triton import walks_kernel
 from qwen3_next.ops.segments import Segments
 
 
+STAGES = 1
+
+
 class GatedDeltaGradients(NamedTuple):
     """The gradient of each input, in its dtype."""
 
@@ -153,12 +156,12 @@ def _chunk_gradients(
         query_gradients_kernel[(key_heads, chunks.count)](
             *(q, k, grad_output, walks.written, walks.states, systems.attention, systems.sums, systems.scales),
             *(systems.rstd_q, systems.rstd_k, grad_q, terms, *places),
-            **shape, BV=query[0], num_warps=query[1], num_stages=2,
+            **shape, BV=query[0], num_warps=query[1], num_stages=STAGES,
         )  # fmt: skip
         key_gradients_kernel[(key_heads, chunks.count)](
             *(q, k, grad_output, walks.written, walks.grad_alone, walks.states, walks.grad_states),
             *(systems.sums, systems.scales, systems.rstd_q, systems.rstd_k, grad_k, terms, *places),
-            **shape, BV=key[0], num_warps=key[1], num_stages=2,
+            **shape, BV=key[0], num_warps=key[1], num_stages=STAGES,
         )  # fmt: skip
         gate_gradients_kernel[(value_heads, chunks.count)](
             *(v, walks.grad_alone, walks.states, walks.grad_states, terms, systems.scales, systems.decay),
@@ -176,4 +179,4 @@ def _walk_configuration(dk: int, dv: int, dtype: torch.dtype) -> tuple[int, int,
 
 def _chunk_configurations(dv: int, dtype: torch.dtype) -> tuple[tuple[int, int], tuple[int, int]]:
     """For the gradients of queries and of keys: columns of the values in a block, and warps. For H100 and H200."""
-    return (min(64, padded_width(dv)), 4), (min(64, padded_width(dv)), 8)
+    return (min(64, padded_width(dv)), 4), (min(64, padded_width(dv)), 4)
