@@ -46,6 +46,7 @@ from qwen3_next.ops.gated_delta_chunk_triton import (
     solve_chunks,
 )
 from qwen3_next.ops.gated_delta_chunk_grad_triton import (
+    TERMS,
     gate_gradients_kernel,
     key_gradients_kernel,
     query_gradients_kernel,
@@ -55,6 +56,7 @@ from qwen3_next.ops.segments import Segments
 
 
 STAGES = 1
+EXTRA = {}
 
 
 class GatedDeltaGradients(NamedTuple):
@@ -148,7 +150,7 @@ def _chunk_gradients(
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     grad_log_decay, grad_beta = log_decay.new_empty(log_decay.shape), beta.new_empty(beta.shape)
     if chunks.count:
-        terms = v.new_empty(chunks.count, value_heads, 9, CHUNK, dtype=torch.float32)
+        terms = v.new_empty(chunks.count, value_heads, TERMS.value, CHUNK, dtype=torch.float32)
         places = (chunks.cu_seqlens, chunks.first, chunks.sequences)
         shape = {"HK": key_heads, "DK": dk, "DV": dv, "BK": padded_width(dk), "Q_ROW": q.stride(0)}
         shape |= {"K_ROW": k.stride(0), "HV": value_heads, "L": CHUNK}
@@ -156,18 +158,16 @@ def _chunk_gradients(
         query_gradients_kernel[(key_heads, chunks.count)](
             *(q, k, grad_output, walks.written, walks.states, systems.attention, systems.sums, systems.scales),
             *(systems.rstd_q, systems.rstd_k, grad_q, terms, *places),
-            **shape, BV=query[0], num_warps=query[1], num_stages=STAGES,
+            **shape, BV=query[0], num_warps=query[1], num_stages=STAGES, **EXTRA,
         )  # fmt: skip
         key_gradients_kernel[(key_heads, chunks.count)](
-            *(q, k, grad_output, walks.written, walks.grad_alone, walks.states, walks.grad_states),
-            *(systems.sums, systems.scales, systems.rstd_q, systems.rstd_k, grad_k, terms, *places),
-            **shape, BV=key[0], num_warps=key[1], num_stages=STAGES,
+            *(q, k, v, grad_output, walks.written, walks.grad_alone, walks.states, walks.grad_states),
+            *(systems.sums, systems.scales, systems.rstd_q, systems.rstd_k, grad_k, grad_v, terms, *places),
+            **shape, V_ROW=v.stride(0), BV=key[0], num_warps=key[1], num_stages=STAGES, **EXTRA,
         )  # fmt: skip
         gate_gradients_kernel[(value_heads, chunks.count)](
-            *(v, walks.grad_alone, walks.states, walks.grad_states, terms, systems.scales, systems.decay),
-            *(grad_v, grad_log_decay, grad_beta, *places),
-            V_ROW=v.stride(0), HV=value_heads, DK=dk, DV=dv, BK=padded_width(dk), BV=min(64, padded_width(dv)),
-            L=CHUNK, num_warps=4, num_stages=2,
+            *(terms, systems.scales, systems.decay, grad_log_decay, grad_beta, *places),
+            HV=value_heads, L=CHUNK, num_warps=2, num_stages=STAGES,
         )  # fmt: skip
     return GatedDeltaGradients(grad_q, grad_k, grad_v, grad_log_decay, grad_beta, walks.grad_initial)
 
