@@ -49,14 +49,14 @@ from qwen3_next.ops.gated_delta_chunk_grad_triton import (
     TERMS,
     gate_gradients_kernel,
     key_gradients_kernel,
-    query_gradients_kernel,
+    value_gradients_kernel,
 )
 from qwen3_next.ops.gated_delta_scan_grad_triton import walks_kernel
 from qwen3_next.ops.segments import Segments
 
 
-STAGES = 1
-EXTRA = {}
+VALUE = {'num_warps': 4}
+KEY = {'num_warps': 8}
 
 
 class GatedDeltaGradients(NamedTuple):
@@ -151,23 +151,23 @@ def _chunk_gradients(
     grad_log_decay, grad_beta = log_decay.new_empty(log_decay.shape), beta.new_empty(beta.shape)
     if chunks.count:
         terms = v.new_empty(chunks.count, value_heads, TERMS.value, CHUNK, dtype=torch.float32)
+        grad_attention, grad_system = (torch.empty_like(systems.attention) for _ in range(2))
         places = (chunks.cu_seqlens, chunks.first, chunks.sequences)
-        shape = {"HK": key_heads, "DK": dk, "DV": dv, "BK": padded_width(dk), "Q_ROW": q.stride(0)}
-        shape |= {"K_ROW": k.stride(0), "HV": value_heads, "L": CHUNK}
-        query, key = _chunk_configurations(dv, v.dtype)
-        query_gradients_kernel[(key_heads, chunks.count)](
-            *(q, k, grad_output, walks.written, walks.states, systems.attention, systems.sums, systems.scales),
-            *(systems.rstd_q, systems.rstd_k, grad_q, terms, *places),
-            **shape, BV=query[0], num_warps=query[1], num_stages=STAGES, **EXTRA,
+        shape = {"K_ROW": k.stride(0), "HK": key_heads, "HV": value_heads, "DK": dk, "DV": dv, "L": CHUNK}
+        shape |= {"BK": padded_width(dk), "BV": padded_width(dv), "num_stages": 1}
+        value_gradients_kernel[(value_heads, chunks.count)](
+            *(k, v, grad_output, walks.written, walks.grad_alone, systems.attention, systems.sums, systems.scales),
+            *(systems.rstd_q, systems.rstd_k, grad_v, grad_attention, grad_system, terms, *places),
+            **shape, V_ROW=v.stride(0), **VALUE,
         )  # fmt: skip
-        key_gradients_kernel[(key_heads, chunks.count)](
-            *(q, k, v, grad_output, walks.written, walks.grad_alone, walks.states, walks.grad_states),
-            *(systems.sums, systems.scales, systems.rstd_q, systems.rstd_k, grad_k, grad_v, terms, *places),
-            **shape, V_ROW=v.stride(0), BV=key[0], num_warps=key[1], num_stages=STAGES, **EXTRA,
+        key_gradients_kernel[(2 * key_heads, chunks.count)](
+            *(q, k, grad_output, walks.written, walks.grad_alone, walks.states, walks.grad_states, grad_attention),
+            *(grad_system, systems.scales, systems.rstd_q, systems.rstd_k, grad_q, grad_k, terms, *places),
+            **shape, Q_ROW=q.stride(0), **KEY,
         )  # fmt: skip
         gate_gradients_kernel[(value_heads, chunks.count)](
             *(terms, systems.scales, systems.decay, grad_log_decay, grad_beta, *places),
-            HV=value_heads, L=CHUNK, num_warps=2, num_stages=STAGES,
+            HV=value_heads, L=CHUNK, num_warps=2, num_stages=1,
         )  # fmt: skip
     return GatedDeltaGradients(grad_q, grad_k, grad_v, grad_log_decay, grad_beta, walks.grad_initial)
 
@@ -175,8 +175,3 @@ def _chunk_gradients(
 def _walk_configuration(dk: int, dv: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Columns of the state in a program of the walks, warps, stages of its loads. For H100 and H200."""
     return min(32, padded_width(dv)), 4, 2
-
-
-def _chunk_configurations(dv: int, dtype: torch.dtype) -> tuple[tuple[int, int], tuple[int, int]]:
-    """For the gradients of queries and of keys: columns of the values in a block, and warps. For H100 and H200."""
-    return (min(64, padded_width(dv)), 4), (min(64, padded_width(dv)), 4)

@@ -61,33 +61,24 @@ def _walk_forth(
     is_state = (o_k < DK)[:, None] & (o_column < DV)[None, :]
     b_state = tl.load(p_initial + o_state, is_state, other=0.0).to(tl.float32)
     chunks = tl.cdiv(length, L)
-    # What a step needs is in registers before it begins: fetched by hand, for the compiler's way of doing it takes
-    # twice the shared memory, which then holds one program where two fit.
-    b_k = load_rows(p_k, begin_row, K_ROW, o_k, DK, length, L)
-    b_v = load_rows(p_v, begin_row, V_ROW, o_column, DV, length, L)
-    b_inverse = load_square(p_inverse + first_system * (L * L), L)
-    p_scale = p_scales + first_system * (4 * L) + o_row
-    beta, survived, left = tl.load(p_scale), tl.load(p_scale + L), tl.load(p_scale + 2 * L)
+    # Would not be fetched ahead by the compiler, because no product has it as an operand.
     decay = tl.load(p_decay + first_system)
     for number in range(chunks):
-        following = tl.minimum(number + 1, chunks - 1)
-        row, count = begin_row + following * L, length - following * L
-        i_system = first_system + following * HV
-        next_k = load_rows(p_k, row, K_ROW, o_k, DK, count, L)
-        next_v = load_rows(p_v, row, V_ROW, o_column, DV, count, L)
-        next_inverse = load_square(p_inverse + i_system * (L * L), L)
-        p_scale = p_scales + i_system * (4 * L) + o_row
-        next_beta, next_survived, next_left = tl.load(p_scale), tl.load(p_scale + L), tl.load(p_scale + 2 * L)
-        next_decay = tl.load(p_decay + i_system)
         row, count = begin_row + number * L, length - number * L
+        i_system = first_system + number * HV
+        p_scale = p_scales + i_system * (4 * L) + o_row
+        b_k = load_rows(p_k, row, K_ROW, o_k, DK, count, L)
+        b_v = load_rows(p_v, row, V_ROW, o_column, DV, count, L)
+        b_inverse = load_square(p_inverse + i_system * (L * L), L)
+        beta, survived, left = tl.load(p_scale), tl.load(p_scale + L), tl.load(p_scale + 2 * L)
+        next_decay = tl.load(p_decay + tl.where(number + 1 < chunks, i_system + HV, i_system))
         b_entering = b_state.to(b_k.dtype)
-        tl.store(p_states + (first_system + number * HV) * (DK * DV) + o_state, b_entering, is_state)
+        tl.store(p_states + i_system * (DK * DV) + o_state, b_entering, is_state)
         b_error = beta[:, None] * (b_v.to(tl.float32) - survived[:, None] * dot(b_k, b_entering))
         b_written = dot(b_inverse, b_error.to(b_k.dtype))
         _store_values(p_written, b_written, row, count, o_column, HV, DV, L)
         b_state = dot(tl.trans(b_k), (left[:, None] * b_written).to(b_k.dtype), b_state * decay)
-        b_k, b_v, b_inverse, decay = next_k, next_v, next_inverse, next_decay
-        beta, survived, left = next_beta, next_survived, next_left
+        decay = next_decay
 
 
 @triton.jit
@@ -103,43 +94,30 @@ def _walk_back(
     is_state = (o_k < DK)[:, None] & (o_column < DV)[None, :]
     b_state = tl.load(p_grad_final + o_state, is_state, other=0.0).to(tl.float32)
     chunks = tl.cdiv(length, L)
-    row, count = begin_row + (chunks - 1) * L, length - (chunks - 1) * L
-    i_system = first_system + (chunks - 1) * HV
-    b_k = load_rows(p_k, row, K_ROW, o_k, DK, count, L)
-    b_q = load_rows(p_q, row, Q_ROW, o_k, DK, count, L)
-    b_output = load_rows(p_grad_output, row, HV * DV, o_column, DV, count, L)
-    b_attention = load_square(p_attention + i_system * (L * L), L)
-    b_inverse = load_square(p_inverse + i_system * (L * L), L)
-    p_scale = p_scales + i_system * (4 * L) + o_row
-    reads = -tl.load(p_scale) * tl.load(p_scale + L)
-    left, q_scale = tl.load(p_scale + 2 * L), tl.load(p_scale + 3 * L)
-    decay = tl.load(p_decay + i_system)
+    decay = tl.load(p_decay + first_system + (chunks - 1) * HV)
     for i_back in range(chunks):
         number = chunks - 1 - i_back
-        following = tl.maximum(number - 1, 0)
-        row, count = begin_row + following * L, length - following * L
-        i_system = first_system + following * HV
-        next_k = load_rows(p_k, row, K_ROW, o_k, DK, count, L)
-        next_q = load_rows(p_q, row, Q_ROW, o_k, DK, count, L)
-        next_output = load_rows(p_grad_output, row, HV * DV, o_column, DV, count, L)
-        next_attention = load_square(p_attention + i_system * (L * L), L)
-        next_inverse = load_square(p_inverse + i_system * (L * L), L)
-        p_scale = p_scales + i_system * (4 * L) + o_row
-        next_reads = -tl.load(p_scale) * tl.load(p_scale + L)
-        next_left, next_q_scale = tl.load(p_scale + 2 * L), tl.load(p_scale + 3 * L)
-        next_decay = tl.load(p_decay + i_system)
         row, count = begin_row + number * L, length - number * L
+        i_system = first_system + number * HV
+        p_scale = p_scales + i_system * (4 * L) + o_row
+        b_k = load_rows(p_k, row, K_ROW, o_k, DK, count, L)
+        b_q = load_rows(p_q, row, Q_ROW, o_k, DK, count, L)
+        b_output = load_rows(p_grad_output, row, HV * DV, o_column, DV, count, L)
+        b_attention = load_square(p_attention + i_system * (L * L), L)
+        b_inverse = load_square(p_inverse + i_system * (L * L), L)
+        beta, survived = tl.load(p_scale), tl.load(p_scale + L)
+        left, q_scale = tl.load(p_scale + 2 * L), tl.load(p_scale + 3 * L)
+        next_decay = tl.load(p_decay + tl.where(number > 0, i_system - HV, i_system))
         b_leaving = b_state.to(b_k.dtype)
-        tl.store(p_grad_states + (first_system + number * HV) * (DK * DV) + o_state, b_leaving, is_state)
+        tl.store(p_grad_states + i_system * (DK * DV) + o_state, b_leaving, is_state)
         b_local = dot(tl.trans(b_attention), b_output)
         b_written = b_local + left[:, None] * dot(b_k, b_leaving)
         b_alone = dot(tl.trans(b_inverse), b_written.to(b_k.dtype))
         _store_values(p_grad_alone, b_alone, row, count, o_column, HV, DV, L)
         b_asked = (q_scale[:, None] * b_output.to(tl.float32)).to(b_k.dtype)
         b_state = dot(tl.trans(b_q), b_asked, b_state * decay)
-        b_state = dot(tl.trans(b_k), (reads[:, None] * b_alone).to(b_k.dtype), b_state)
-        b_k, b_q, b_output, b_attention, b_inverse = next_k, next_q, next_output, next_attention, next_inverse
-        reads, left, q_scale, decay = next_reads, next_left, next_q_scale, next_decay
+        b_state = dot(tl.trans(b_k), ((-beta * survived)[:, None] * b_alone).to(b_k.dtype), b_state)
+        decay = next_decay
     tl.store(p_grad_initial + o_state, b_state.to(p_grad_initial.dtype.element_ty), is_state)
 
 
