@@ -21,7 +21,7 @@ what they give to beta, then queries by the entering state, keys by the entering
 
 @triton.jit
 def value_gradients_kernel(
-    p_k, p_v, p_grad_output, p_written, p_grad_alone, p_attention, p_sums, p_scales, p_rstd_q, p_rstd_k,
+    p_k, p_v, p_grad_output, written, grad_alone, p_attention, p_sums, p_scales, p_rstd_q, p_rstd_k,
     p_grad_v, p_grad_attention, p_grad_system, p_terms, p_cu_seqlens, p_first_chunk, p_sequences,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
@@ -36,8 +36,8 @@ def value_gradients_kernel(
     p_term = p_terms + i_system * (TERMS * L) + o_row
     beta = tl.load(p_scales + i_system * (4 * L) + o_row)
 
-    b_alone = load_rows(p_grad_alone + i_head * DV, token, HV * DV, o_column, DV, count, L)
-    b_written = load_rows(p_written + i_head * DV, token, HV * DV, o_column, DV, count, L)
+    b_alone = grad_alone.load([i_system.to(tl.int32) * L, 0])
+    b_written = written.load([i_system.to(tl.int32) * L, 0])
     b_output = load_rows(p_grad_output + i_head * DV, token, HV * DV, o_column, DV, count, L)
     b_v = load_rows(p_v + i_head * DV, token, V_ROW, o_column, DV, count, L)
     along_v = tl.sum(b_alone.to(tl.float32) * b_v.to(tl.float32), axis=1)
@@ -71,8 +71,8 @@ def value_gradients_kernel(
 
 @triton.jit
 def key_gradients_kernel(
-    p_q, p_k, p_grad_output, p_written, p_grad_alone, p_states, p_grad_states, p_grad_attention, p_grad_system,
-    p_scales, p_rstd_q, p_rstd_k, p_grad_q, p_grad_k, p_terms, p_cu_seqlens, p_first_chunk, p_sequences,
+    p_q, p_k, p_grad_output, written, grad_alone, states, grad_states, grad_attention, grad_system,
+    p_states, p_grad_states, p_scales, p_rstd_q, p_rstd_k, p_grad_q, p_grad_k, p_terms, p_cu_seqlens, p_first_chunk, p_sequences,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
@@ -83,13 +83,14 @@ def key_gradients_kernel(
     p_k += i_key * DK
     if tl.program_id(0) % 2 == 0:
         _query_gradients(
-            p_q, p_k, p_grad_output, p_states, p_grad_attention, p_scales, p_rstd_q + token * HK + i_key,
+            p_q, p_k, p_grad_output, states, grad_attention, p_scales, p_rstd_q + token * HK + i_key,
             p_grad_q + (token * HK + i_key) * DK, p_terms, token, count, i_chunk, i_key,
             Q_ROW, K_ROW, HK, HV, DK, DV, BK, BV, L,
         )  # fmt: skip
     else:
         _key_gradients(
-            p_q, p_k, p_written, p_grad_alone, p_states, p_grad_states, p_grad_attention, p_grad_system, p_scales,
+            p_q, p_k, written, grad_alone, states, grad_states, grad_attention, grad_system,
+            p_states, p_grad_states, p_scales,
             p_rstd_k + token * HK + i_key, p_grad_k + (token * HK + i_key) * DK, p_terms, token, count, i_chunk, i_key,
             Q_ROW, K_ROW, HK, HV, DK, DV, BK, BV, L,
         )  # fmt: skip
@@ -97,7 +98,7 @@ def key_gradients_kernel(
 
 @triton.jit
 def _query_gradients(
-    p_q, p_k, p_grad_output, p_states, p_grad_attention, p_scales, p_rstd, p_grad_q, p_terms,
+    p_q, p_k, p_grad_output, states, grad_attention, p_scales, p_rstd, p_grad_q, p_terms,
     token, count, i_chunk, i_key, Q_ROW: tl.constexpr, K_ROW: tl.constexpr,
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
@@ -108,12 +109,12 @@ def _query_gradients(
     for i_head in range(i_key * (HV // HK), (i_key + 1) * (HV // HK)):
         i_system = i_chunk * HV + i_head
         b_output = load_rows(p_grad_output + i_head * DV, token, HV * DV, o_column, DV, count, L)
-        b_state = _load_state(p_states + i_system * (DK * DV), o_k, o_column, DK, DV)
+        b_state = states.load([i_system.to(tl.int32) * BK, 0])
         b_read = dot(b_output, tl.trans(b_state)) * tl.load(p_scales + i_system * (4 * L) + 3 * L + o_row)[:, None]
         b_q = load_rows(p_q, token, Q_ROW, o_k, DK, count, L)
         tl.store(p_terms + i_system * (TERMS * L) + 2 * L + o_row, tl.sum(b_q.to(tl.float32) * b_read, axis=1))
         b_grad += b_read
-        b_attention = load_square(p_grad_attention + i_system * (L * L), L)
+        b_attention = grad_attention.load([i_system.to(tl.int32) * L, 0])
         b_grad += dot(b_attention, load_rows(p_k, token, K_ROW, o_k, DK, count, L))
     b_q = load_rows(p_q, token, Q_ROW, o_k, DK, count, L)
     rstd = _load_scales(p_rstd, HK, count, L)
@@ -122,7 +123,7 @@ def _query_gradients(
 
 @triton.jit
 def _key_gradients(
-    p_q, p_k, p_written, p_grad_alone, p_states, p_grad_states, p_grad_attention, p_grad_system, p_scales,
+    p_q, p_k, written, grad_alone, states, grad_states, grad_attention, grad_system, p_states, p_grad_states, p_scales,
     p_rstd, p_grad_k, p_terms, token, count, i_chunk, i_key, Q_ROW: tl.constexpr, K_ROW: tl.constexpr,
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
@@ -134,23 +135,27 @@ def _key_gradients(
         i_system = i_chunk * HV + i_head
         p_scale = p_scales + i_system * (4 * L) + o_row
         p_term = p_terms + i_system * (TERMS * L) + o_row
-        b_alone = load_rows(p_grad_alone + i_head * DV, token, HV * DV, o_column, DV, count, L)
-        b_state = _load_state(p_states + i_system * (DK * DV), o_k, o_column, DK, DV)
-        b_grad_state = _load_state(p_grad_states + i_system * (DK * DV), o_k, o_column, DK, DV)
-        tl.store(p_terms + i_system * (TERMS * L) + 5 * L, tl.sum(b_state.to(tl.float32) * b_grad_state.to(tl.float32)))
+        b_alone = grad_alone.load([i_system.to(tl.int32) * L, 0])
+        b_state = states.load([i_system.to(tl.int32) * BK, 0])
         b_read = dot(b_alone, tl.trans(b_state)) * tl.load(p_scale + L)[:, None]
         b_k = load_rows(p_k, token, K_ROW, o_k, DK, count, L)
         tl.store(p_term + 3 * L, tl.sum(b_k.to(tl.float32) * b_read, axis=1))
         b_grad -= tl.load(p_scale)[:, None] * b_read
-        b_written = load_rows(p_written + i_head * DV, token, HV * DV, o_column, DV, count, L)
+        b_written = written.load([i_system.to(tl.int32) * L, 0])
+        b_grad_state = grad_states.load([i_system.to(tl.int32) * BK, 0])
         b_write = dot(b_written, tl.trans(b_grad_state)) * tl.load(p_scale + 2 * L)[:, None]
         tl.store(p_term + 4 * L, tl.sum(b_k.to(tl.float32) * b_write, axis=1))
         b_grad += b_write
-        b_attention = load_square(p_grad_attention + i_system * (L * L), L)
+        b_attention = grad_attention.load([i_system.to(tl.int32) * L, 0])
         b_grad += dot(tl.trans(b_attention), load_rows(p_q, token, Q_ROW, o_k, DK, count, L))
-        b_system = load_square(p_grad_system + i_system * (L * L), L)
+        b_system = grad_system.load([i_system.to(tl.int32) * L, 0])
         b_grad += dot(b_system, b_k)
         b_grad += dot(tl.trans(b_system), b_k)
+        b_kept = tl.zeros([16, BV], dtype=tl.float32)
+        for part in tl.static_range(0, BK, 16):
+            o_state = i_system * (BK * BV) + part * BV + tl.arange(0, 16)[:, None] * BV + o_column[None, :]
+            b_kept += tl.load(p_states + o_state).to(tl.float32) * tl.load(p_grad_states + o_state).to(tl.float32)
+        tl.store(p_terms + i_system * (TERMS * L) + 5 * L, tl.sum(b_kept))
     b_k = load_rows(p_k, token, K_ROW, o_k, DK, count, L)
     rstd = _load_scales(p_rstd, HK, count, L)
     _store_key(p_grad_k, b_grad, b_k, rstd * rstd, count, HK, DK, BK)
@@ -200,13 +205,6 @@ def _load_sums(p_sums, HV: tl.constexpr, count, L: tl.constexpr):
     sums = tl.load(p_sums + tl.arange(0, L) * HV, tl.arange(0, L) < count, other=0.0)
     high = sums.to(tl.float32)
     return high, (sums - high.to(tl.float64)).to(tl.float32)
-
-
-@triton.jit
-def _load_state(p_state, o_k, o_column, DK: tl.constexpr, DV: tl.constexpr):
-    """Columns of a state; zeros beyond its widths."""
-    mask = (o_k < DK)[:, None] & (o_column < DV)[None, :]
-    return tl.load(p_state + o_k[:, None] * DV + o_column[None, :], mask, other=0.0)
 
 
 @triton.jit

@@ -37,6 +37,7 @@ import torch
 import triton
 from jaxtyping import Float
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qwen3_next.ops.gated_delta_chunk_triton import (
     CHUNK,
@@ -56,7 +57,7 @@ from qwen3_next.ops.segments import Segments
 
 
 VALUE = {'num_warps': 4}
-KEY = {'num_warps': 8}
+KEY = {'num_warps': 4}
 
 
 class GatedDeltaGradients(NamedTuple):
@@ -105,10 +106,10 @@ class _Walks(NamedTuple):
         grad_initial: dS of the first chunks.
     """
 
-    states: Float[Tensor, "G Hv Dk Dv"]
-    written: Float[Tensor, "T Hv Dv"]
-    grad_states: Float[Tensor, "G Hv Dk Dv"]
-    grad_alone: Float[Tensor, "T Hv Dv"]
+    states: Float[Tensor, "G Hv BK BV"]
+    written: Float[Tensor, "G Hv L BV"]
+    grad_states: Float[Tensor, "G Hv BK BV"]
+    grad_alone: Float[Tensor, "G Hv L BV"]
     grad_initial: Float[Tensor, "N Hv Dk Dv"]
 
 
@@ -119,8 +120,9 @@ def _walk(
     """The states again, and equations 1 to 3."""
     (_, key_heads, dk), (_, value_heads, dv) = k.shape, v.shape
     chunks = segments.cut(CHUNK)
-    states, grad_states = (v.new_empty(chunks.count, value_heads, dk, dv) for _ in range(2))
-    written, grad_alone = v.new_empty(v.shape), v.new_empty(v.shape)
+    systems_of = (chunks.count, value_heads)
+    states, grad_states = (v.new_empty(*systems_of, padded_width(dk), padded_width(dv)) for _ in range(2))
+    written, grad_alone = (v.new_empty(*systems_of, CHUNK, padded_width(dv)) for _ in range(2))
     # Zeros for states that are not given: one kernel for all calls is one to compile and to check.
     initial_state, grad_final_state = (
         v.new_zeros(segments.count, value_heads, dk, dv, dtype=torch.float32) if x is None else x.contiguous()
@@ -130,12 +132,12 @@ def _walk(
     grad_initial = grad_final_state.to(initial_state.dtype, copy=True)
     if chunks.count:
         block, warps, stages = _walk_configuration(dk, dv, v.dtype)
-        walks_kernel[(2 * triton.cdiv(dv, block), value_heads, segments.count)](
+        walks_kernel[(2 * padded_width(dv) // block, value_heads, segments.count)](
             *(q, k, v, grad_output, systems.inverse, systems.attention, systems.scales, systems.decay),
             *(initial_state, grad_final_state, states, written, grad_states, grad_alone, grad_initial),
             *(chunks.cu_seqlens, chunks.first),
             Q_ROW=q.stride(0), K_ROW=k.stride(0), V_ROW=v.stride(0), HK=key_heads, HV=value_heads, DK=dk, DV=dv,
-            BK=padded_width(dk), BV=block, L=CHUNK, num_warps=warps, num_stages=stages,
+            BK=padded_width(dk), BV=block, VALUES=padded_width(dv), L=CHUNK, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return _Walks(states, written, grad_states, grad_alone, grad_initial)
 
@@ -156,13 +158,15 @@ def _chunk_gradients(
         shape = {"K_ROW": k.stride(0), "HK": key_heads, "HV": value_heads, "DK": dk, "DV": dv, "L": CHUNK}
         shape |= {"BK": padded_width(dk), "BV": padded_width(dv), "num_stages": 1}
         value_gradients_kernel[(value_heads, chunks.count)](
-            *(k, v, grad_output, walks.written, walks.grad_alone, systems.attention, systems.sums, systems.scales),
-            *(systems.rstd_q, systems.rstd_k, grad_v, grad_attention, grad_system, terms, *places),
+            *(k, v, grad_output, _tiles(walks.written), _tiles(walks.grad_alone)),
+            *(systems.attention, systems.sums, systems.scales, systems.rstd_q, systems.rstd_k),
+            *(grad_v, grad_attention, grad_system, terms, *places),
             **shape, V_ROW=v.stride(0), **VALUE,
         )  # fmt: skip
+        scratch = (walks.written, walks.grad_alone, walks.states, walks.grad_states, grad_attention, grad_system)
         key_gradients_kernel[(2 * key_heads, chunks.count)](
-            *(q, k, grad_output, walks.written, walks.grad_alone, walks.states, walks.grad_states, grad_attention),
-            *(grad_system, systems.scales, systems.rstd_q, systems.rstd_k, grad_q, grad_k, terms, *places),
+            *(q, k, grad_output, *map(_tiles, scratch), walks.states, walks.grad_states),
+            *(systems.scales, systems.rstd_q, systems.rstd_k, grad_q, grad_k, terms, *places),
             **shape, Q_ROW=q.stride(0), **KEY,
         )  # fmt: skip
         gate_gradients_kernel[(value_heads, chunks.count)](
@@ -170,6 +174,11 @@ def _chunk_gradients(
             HV=value_heads, L=CHUNK, num_warps=2, num_stages=1,
         )  # fmt: skip
     return GatedDeltaGradients(grad_q, grad_k, grad_v, grad_log_decay, grad_beta, walks.grad_initial)
+
+
+def _tiles(x: Float[Tensor, "G Hv R C"]) -> TensorDescriptor:
+    """Each `[R, C]` as one block, which the hardware of a Hopper card fetches without a register."""
+    return TensorDescriptor.from_tensor(x.flatten(0, 2), list(x.shape[2:]))
 
 
 def _walk_configuration(dk: int, dv: int, dtype: torch.dtype) -> tuple[int, int, int]:

@@ -18,7 +18,7 @@ def walks_kernel(
     p_q, p_k, p_v, p_grad_output, p_inverse, p_attention, p_scales, p_decay, p_initial, p_grad_final,
     p_states, p_written, p_grad_states, p_grad_alone, p_grad_initial, p_cu_seqlens, p_first_chunk,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VALUES: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """One sequence, one value head, BV columns of its state: half of the programs walk forth, half of them back.
 
@@ -33,19 +33,19 @@ def walks_kernel(
         i_state = (i_sequence.to(tl.int64) * HV + i_head) * (DK * DV)
         p_k += i_head // (HV // HK) * DK
         p_q += i_head // (HV // HK) * DK
-        columns: tl.constexpr = (DV + BV - 1) // BV
+        columns: tl.constexpr = VALUES // BV
         if i_column < columns:
             _walk_forth(
                 p_k, p_v + i_head * DV, p_inverse, p_scales, p_decay, p_initial + i_state,
-                p_states, p_written + i_head * DV, begin_row, length, first_system,
-                i_column * BV + tl.arange(0, BV), K_ROW, V_ROW, HV, DK, DV, BK, BV, L,
+                p_states, p_written, begin_row, length, first_system,
+                i_column * BV + tl.arange(0, BV), K_ROW, V_ROW, HV, DK, DV, BK, BV, VALUES, L,
             )  # fmt: skip
         else:
             _walk_back(
                 p_q, p_k, p_grad_output + i_head * DV, p_inverse, p_attention, p_scales, p_decay,
-                p_grad_final + i_state, p_grad_states, p_grad_alone + i_head * DV, p_grad_initial + i_state,
+                p_grad_final + i_state, p_grad_states, p_grad_alone, p_grad_initial + i_state,
                 begin_row, length, first_system,
-                (i_column - columns) * BV + tl.arange(0, BV), Q_ROW, K_ROW, HV, DK, DV, BK, BV, L,
+                (i_column - columns) * BV + tl.arange(0, BV), Q_ROW, K_ROW, HV, DK, DV, BK, BV, VALUES, L,
             )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def walks_kernel(
 def _walk_forth(
     p_k, p_v, p_inverse, p_scales, p_decay, p_initial, p_states, p_written, begin_row, length, first_system, o_column,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, VALUES: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """From the first chunk to the last: S and Z."""
     o_row, o_k = tl.arange(0, L), tl.arange(0, BK)
@@ -73,10 +73,10 @@ def _walk_forth(
         beta, survived, left = tl.load(p_scale), tl.load(p_scale + L), tl.load(p_scale + 2 * L)
         next_decay = tl.load(p_decay + tl.where(number + 1 < chunks, i_system + HV, i_system))
         b_entering = b_state.to(b_k.dtype)
-        tl.store(p_states + i_system * (DK * DV) + o_state, b_entering, is_state)
+        _store_tile(p_states, i_system, b_entering, o_k, o_column, BK, VALUES)
         b_error = beta[:, None] * (b_v.to(tl.float32) - survived[:, None] * dot(b_k, b_entering))
         b_written = dot(b_inverse, b_error.to(b_k.dtype))
-        _store_values(p_written, b_written, row, count, o_column, HV, DV, L)
+        _store_tile(p_written, i_system, b_written, o_row, o_column, L, VALUES)
         b_state = dot(tl.trans(b_k), (left[:, None] * b_written).to(b_k.dtype), b_state * decay)
         decay = next_decay
 
@@ -86,7 +86,7 @@ def _walk_back(
     p_q, p_k, p_grad_output, p_inverse, p_attention, p_scales, p_decay, p_grad_final,
     p_grad_states, p_grad_alone, p_grad_initial, begin_row, length, first_system, o_column,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, VALUES: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """From the last chunk to the first; equations 1 to 3."""
     o_row, o_k = tl.arange(0, L), tl.arange(0, BK)
@@ -109,11 +109,11 @@ def _walk_back(
         left, q_scale = tl.load(p_scale + 2 * L), tl.load(p_scale + 3 * L)
         next_decay = tl.load(p_decay + tl.where(number > 0, i_system - HV, i_system))
         b_leaving = b_state.to(b_k.dtype)
-        tl.store(p_grad_states + i_system * (DK * DV) + o_state, b_leaving, is_state)
+        _store_tile(p_grad_states, i_system, b_leaving, o_k, o_column, BK, VALUES)
         b_local = dot(tl.trans(b_attention), b_output)
         b_written = b_local + left[:, None] * dot(b_k, b_leaving)
         b_alone = dot(tl.trans(b_inverse), b_written.to(b_k.dtype))
-        _store_values(p_grad_alone, b_alone, row, count, o_column, HV, DV, L)
+        _store_tile(p_grad_alone, i_system, b_alone, o_row, o_column, L, VALUES)
         b_asked = (q_scale[:, None] * b_output.to(tl.float32)).to(b_k.dtype)
         b_state = dot(tl.trans(b_q), b_asked, b_state * decay)
         b_state = dot(tl.trans(b_k), ((-beta * survived)[:, None] * b_alone).to(b_k.dtype), b_state)
@@ -122,9 +122,7 @@ def _walk_back(
 
 
 @triton.jit
-def _store_values(p_x, b_x, row, count, o_column, HV: tl.constexpr, DV: tl.constexpr, L: tl.constexpr):
-    """`[L, BV]` to the rows from `row` (int64) on; nothing beyond `count` rows and DV columns."""
-    o_row = tl.arange(0, L)
-    is_value = (o_row < count)[:, None] & (o_column < DV)[None, :]
-    p_place = p_x + row * (HV * DV) + (o_row[:, None] * (HV * DV) + o_column[None, :])
-    tl.store(p_place, b_x.to(p_x.dtype.element_ty), is_value)
+def _store_tile(p_x, i_system, b_x, o_row, o_column, ROWS: tl.constexpr, VALUES: tl.constexpr):
+    """Columns of the `[ROWS, VALUES]` of one chunk of one value head."""
+    p_place = p_x + i_system * (ROWS * VALUES) + (o_row[:, None] * VALUES + o_column[None, :])
+    tl.store(p_place, b_x.to(p_x.dtype.element_ty))
