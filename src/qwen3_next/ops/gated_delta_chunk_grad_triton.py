@@ -115,7 +115,7 @@ def _query_gradients(
         tl.store(p_terms + i_system * (TERMS * L) + 2 * L + o_row, tl.sum(b_q.to(tl.float32) * b_read, axis=1))
         b_grad += b_read
         b_attention = grad_attention.load([i_system.to(tl.int32) * L, 0])
-        b_grad += dot(b_attention, load_rows(p_k, token, K_ROW, o_k, DK, count, L))
+        b_grad = _plus(dot(b_attention, load_rows(p_k, token, K_ROW, o_k, DK, count, L)), b_grad)
     b_q = load_rows(p_q, token, Q_ROW, o_k, DK, count, L)
     rstd = _load_scales(p_rstd, HK, count, L)
     _store_key(p_grad_q, b_grad, b_q, rstd * rstd * DK, count, HK, DK, BK)
@@ -147,10 +147,10 @@ def _key_gradients(
         tl.store(p_term + 4 * L, tl.sum(b_k.to(tl.float32) * b_write, axis=1))
         b_grad += b_write
         b_attention = grad_attention.load([i_system.to(tl.int32) * L, 0])
-        b_grad += dot(tl.trans(b_attention), load_rows(p_q, token, Q_ROW, o_k, DK, count, L))
+        b_grad = _plus(dot(tl.trans(b_attention), load_rows(p_q, token, Q_ROW, o_k, DK, count, L)), b_grad)
         b_system = grad_system.load([i_system.to(tl.int32) * L, 0])
-        b_grad += dot(b_system, b_k)
-        b_grad += dot(tl.trans(b_system), b_k)
+        b_grad = _plus(dot(b_system, b_k), b_grad)
+        b_grad = _plus(dot(tl.trans(b_system), b_k), b_grad)
         b_kept = tl.zeros([16, BV], dtype=tl.float32)
         for part in tl.static_range(0, BK, 16):
             o_state = i_system * (BK * BV) + part * BV + tl.arange(0, 16)[:, None] * BV + o_column[None, :]
@@ -191,6 +191,12 @@ def _tokens(p_cu_seqlens, p_first_chunk, p_sequences, i_chunk, L: tl.constexpr):
     i_sequence = tl.load(p_sequences + i_chunk)
     first = tl.load(p_cu_seqlens + i_sequence) + (i_chunk.to(tl.int32) - tl.load(p_first_chunk + i_sequence)) * L
     return first.to(tl.int64), tl.load(p_cu_seqlens + i_sequence + 1) - first
+
+
+@triton.jit
+def _plus(b_x, b_y):
+    """The sum of a product and another matrix, in a way that does not make the latter the product's accumulator."""
+    return tl.fma(b_x, tl.full(b_x.shape, 1.0, tl.float32), b_y)
 
 
 @triton.jit
