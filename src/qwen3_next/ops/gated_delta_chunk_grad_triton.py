@@ -21,8 +21,8 @@ what they give to beta, then queries by the entering state, keys by the entering
 
 @triton.jit
 def value_gradients_kernel(
-    p_k, p_v, p_grad_output, written, grad_alone, p_attention, p_sums, p_scales, p_rstd_q, p_rstd_k,
-    p_grad_v, p_grad_attention, p_grad_system, p_terms, p_cu_seqlens, p_first_chunk, p_sequences,
+    p_k, p_v, p_grad_output, values, p_attention, p_sums, p_scales, p_rstd_q, p_rstd_k,
+    p_grad_v, p_grad_attention, p_grad_system, p_terms, p_cu_seqlens, p_first_chunk, p_sequences, systems,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
@@ -36,8 +36,8 @@ def value_gradients_kernel(
     p_term = p_terms + i_system * (TERMS * L) + o_row
     beta = tl.load(p_scales + i_system * (4 * L) + o_row)
 
-    b_alone = grad_alone.load([i_system.to(tl.int32) * L, 0])
-    b_written = written.load([i_system.to(tl.int32) * L, 0])
+    b_alone = values.load([i_system.to(tl.int32) * L, 0])
+    b_written = values.load([(systems + i_system.to(tl.int32)) * L, 0])
     b_output = load_rows(p_grad_output + i_head * DV, token, HV * DV, o_column, DV, count, L)
     b_v = load_rows(p_v + i_head * DV, token, V_ROW, o_column, DV, count, L)
     along_v = tl.sum(b_alone.to(tl.float32) * b_v.to(tl.float32), axis=1)
@@ -71,94 +71,92 @@ def value_gradients_kernel(
 
 @triton.jit
 def key_gradients_kernel(
-    p_q, p_k, p_grad_output, written, grad_alone, states, grad_states, grad_attention, grad_system,
-    p_states, p_grad_states, p_scales, p_rstd_q, p_rstd_k, p_grad_q, p_grad_k, p_terms, p_cu_seqlens, p_first_chunk, p_sequences,
+    p_q, p_k, grad_output, values, states, grad_attention, grad_system, p_states,
+    p_scales, p_rstd_q, p_rstd_k, p_grad_q, p_grad_k, p_terms, p_cu_seqlens, p_first_chunk, p_sequences, systems,
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one key head; equations 5 and 6, each by a program of its own."""
-    i_key, i_chunk = tl.program_id(0) // 2, tl.program_id(1).to(tl.int64)
-    token, count = _tokens(p_cu_seqlens, p_first_chunk, p_sequences, i_chunk, L)
-    p_q += i_key * DK
-    p_k += i_key * DK
+    i_key, i_chunk = tl.program_id(0) // 2, tl.program_id(1)
+    token, count = _tokens(p_cu_seqlens, p_first_chunk, p_sequences, i_chunk.to(tl.int64), L)
+    b_q = load_rows(p_q + i_key * DK, token, Q_ROW, tl.arange(0, BK), DK, count, L)
+    b_k = load_rows(p_k + i_key * DK, token, K_ROW, tl.arange(0, BK), DK, count, L)
     if tl.program_id(0) % 2 == 0:
-        _query_gradients(
-            p_q, p_k, p_grad_output, states, grad_attention, p_scales, p_rstd_q + token * HK + i_key,
-            p_grad_q + (token * HK + i_key) * DK, p_terms, token, count, i_chunk, i_key,
-            Q_ROW, K_ROW, HK, HV, DK, DV, BK, BV, L,
+        rstd = _load_scales(p_rstd_q + token * HK + i_key, HK, count, L)
+        b_grad = _query_gradients(
+            b_q, b_k, grad_output, states, grad_attention, p_scales, p_terms, token, count,
+            i_chunk * HV + i_key * (HV // HK), i_key * (HV // HK), HK, HV, BK, BV, L,
         )  # fmt: skip
+        _store_key(p_grad_q + (token * HK + i_key) * DK, b_grad, b_q, rstd * rstd * DK, count, HK, DK, BK)
     else:
-        _key_gradients(
-            p_q, p_k, written, grad_alone, states, grad_states, grad_attention, grad_system,
-            p_states, p_grad_states, p_scales,
-            p_rstd_k + token * HK + i_key, p_grad_k + (token * HK + i_key) * DK, p_terms, token, count, i_chunk, i_key,
-            Q_ROW, K_ROW, HK, HV, DK, DV, BK, BV, L,
+        rstd = _load_scales(p_rstd_k + token * HK + i_key, HK, count, L)
+        b_grad = _key_gradients(
+            b_q, b_k, values, states, grad_attention, grad_system, p_states, p_scales, p_terms, systems,
+            i_chunk * HV + i_key * (HV // HK), HK, HV, BK, BV, L,
         )  # fmt: skip
+        _store_key(p_grad_k + (token * HK + i_key) * DK, b_grad, b_k, rstd * rstd, count, HK, DK, BK)
 
 
 @triton.jit
 def _query_gradients(
-    p_q, p_k, p_grad_output, states, grad_attention, p_scales, p_rstd, p_grad_q, p_terms,
-    token, count, i_chunk, i_key, Q_ROW: tl.constexpr, K_ROW: tl.constexpr,
-    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
+    b_q, b_k, grad_output, states, grad_attention, p_scales, p_terms, token, count, first_system, first_head,
+    HK: tl.constexpr, HV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Equation 5, and what queries give to the gates through the state that enters."""
-    o_row, o_k, o_column = tl.arange(0, L), tl.arange(0, BK), tl.arange(0, BV)
+    o_row = tl.arange(0, L)
     b_grad = tl.zeros([L, BK], dtype=tl.float32)
-    for i_head in range(i_key * (HV // HK), (i_key + 1) * (HV // HK)):
-        i_system = i_chunk * HV + i_head
-        b_output = load_rows(p_grad_output + i_head * DV, token, HV * DV, o_column, DV, count, L)
-        b_state = states.load([i_system.to(tl.int32) * BK, 0])
-        b_read = dot(b_output, tl.trans(b_state)) * tl.load(p_scales + i_system * (4 * L) + 3 * L + o_row)[:, None]
-        b_q = load_rows(p_q, token, Q_ROW, o_k, DK, count, L)
-        tl.store(p_terms + i_system * (TERMS * L) + 2 * L + o_row, tl.sum(b_q.to(tl.float32) * b_read, axis=1))
-        b_grad += b_read
-        b_attention = grad_attention.load([i_system.to(tl.int32) * L, 0])
-        b_grad = _plus(dot(b_attention, load_rows(p_k, token, K_ROW, o_k, DK, count, L)), b_grad)
-    b_q = load_rows(p_q, token, Q_ROW, o_k, DK, count, L)
-    rstd = _load_scales(p_rstd, HK, count, L)
-    _store_key(p_grad_q, b_grad, b_q, rstd * rstd * DK, count, HK, DK, BK)
+    for i_head in tl.range(HV // HK, num_stages=2):
+        i_system = first_system + i_head
+        # Rows beyond the sequence are those of another one.
+        b_output = grad_output.load([token.to(tl.int32), first_head + i_head, 0]).reshape(L, BV)
+        b_state = states.load([i_system * BK, 0])
+        scale = tl.load(p_scales + i_system.to(tl.int64) * (4 * L) + 3 * L + o_row)
+        b_read = tl.where((o_row < count)[:, None], dot(b_output, tl.trans(b_state)) * scale[:, None], 0.0)
+        along = tl.sum(b_q.to(tl.float32) * b_read, axis=1)
+        tl.store(p_terms + i_system.to(tl.int64) * (TERMS * L) + 2 * L + o_row, along)
+        b_grad = _plus(b_read, b_grad)
+    for i_head in tl.range(HV // HK, num_stages=1):
+        b_attention = grad_attention.load([(first_system + i_head) * L, 0])
+        b_grad = _plus(dot(b_attention, b_k), b_grad)
+    return b_grad
 
 
 @triton.jit
 def _key_gradients(
-    p_q, p_k, written, grad_alone, states, grad_states, grad_attention, grad_system, p_states, p_grad_states, p_scales,
-    p_rstd, p_grad_k, p_terms, token, count, i_chunk, i_key, Q_ROW: tl.constexpr, K_ROW: tl.constexpr,
-    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
+    b_q, b_k, values, states, grad_attention, grad_system, p_states, p_scales, p_terms, systems, first_system,
+    HK: tl.constexpr, HV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Equation 6, and what keys give to the gates through the states that enter and leave."""
-    o_row, o_k, o_column = tl.arange(0, L), tl.arange(0, BK), tl.arange(0, BV)
+    o_row = tl.arange(0, L)
     b_grad = tl.zeros([L, BK], dtype=tl.float32)
-    for i_head in range(i_key * (HV // HK), (i_key + 1) * (HV // HK)):
-        i_system = i_chunk * HV + i_head
-        p_scale = p_scales + i_system * (4 * L) + o_row
-        p_term = p_terms + i_system * (TERMS * L) + o_row
-        b_alone = grad_alone.load([i_system.to(tl.int32) * L, 0])
-        b_state = states.load([i_system.to(tl.int32) * BK, 0])
-        b_read = dot(b_alone, tl.trans(b_state)) * tl.load(p_scale + L)[:, None]
-        b_k = load_rows(p_k, token, K_ROW, o_k, DK, count, L)
-        tl.store(p_term + 3 * L, tl.sum(b_k.to(tl.float32) * b_read, axis=1))
-        b_grad -= tl.load(p_scale)[:, None] * b_read
-        b_written = written.load([i_system.to(tl.int32) * L, 0])
-        b_grad_state = grad_states.load([i_system.to(tl.int32) * BK, 0])
-        b_write = dot(b_written, tl.trans(b_grad_state)) * tl.load(p_scale + 2 * L)[:, None]
-        tl.store(p_term + 4 * L, tl.sum(b_k.to(tl.float32) * b_write, axis=1))
-        b_grad += b_write
-        b_attention = grad_attention.load([i_system.to(tl.int32) * L, 0])
-        b_grad = _plus(dot(tl.trans(b_attention), load_rows(p_q, token, Q_ROW, o_k, DK, count, L)), b_grad)
-        b_system = grad_system.load([i_system.to(tl.int32) * L, 0])
+    for i_turn in tl.range(2 * (HV // HK), num_stages=2):
+        # dX with S in even turns, Z with dS' in odd ones.
+        i_system, is_leaving = first_system + i_turn // 2, i_turn % 2
+        tile = is_leaving * systems + i_system
+        b_values = values.load([tile * L, 0])
+        b_state = states.load([tile * BK, 0])
+        p_scale = p_scales + i_system.to(tl.int64) * (4 * L) + o_row
+        beta, scale = tl.load(p_scale), tl.load(p_scale + (1 + is_leaving) * L)
+        b_read = dot(b_values, tl.trans(b_state)) * scale[:, None]
+        along = tl.sum(b_k.to(tl.float32) * b_read, axis=1)
+        tl.store(p_terms + i_system.to(tl.int64) * (TERMS * L) + (3 + is_leaving) * L + o_row, along)
+        factor = tl.where(is_leaving == 1, 1.0, -beta)
+        b_grad = tl.fma(b_read, tl.broadcast_to(factor[:, None], [L, BK]), b_grad)
+    for i_head in tl.range(HV // HK, num_stages=1):
+        i_system = first_system + i_head
+        b_attention = grad_attention.load([i_system * L, 0])
+        b_grad = _plus(dot(tl.trans(b_attention), b_q), b_grad)
+        b_system = grad_system.load([i_system * L, 0])
         b_grad = _plus(dot(b_system, b_k), b_grad)
         b_grad = _plus(dot(tl.trans(b_system), b_k), b_grad)
         b_kept = tl.zeros([16, BV], dtype=tl.float32)
-        for part in tl.static_range(0, BK, 16):
-            o_state = i_system * (BK * BV) + part * BV + tl.arange(0, 16)[:, None] * BV + o_column[None, :]
-            b_kept += tl.load(p_states + o_state).to(tl.float32) * tl.load(p_grad_states + o_state).to(tl.float32)
-        tl.store(p_terms + i_system * (TERMS * L) + 5 * L, tl.sum(b_kept))
-    b_k = load_rows(p_k, token, K_ROW, o_k, DK, count, L)
-    rstd = _load_scales(p_rstd, HK, count, L)
-    _store_key(p_grad_k, b_grad, b_k, rstd * rstd, count, HK, DK, BK)
+        for part in range(0, BK, 16):
+            o_part = tl.arange(0, 16)[:, None] * BV + tl.arange(0, BV)[None, :]
+            p_part = p_states + i_system.to(tl.int64) * (BK * BV) + part * BV
+            p_leaving = p_part + systems.to(tl.int64) * (BK * BV)
+            b_kept += tl.load(p_part + o_part).to(tl.float32) * tl.load(p_leaving + o_part).to(tl.float32)
+        tl.store(p_terms + i_system.to(tl.int64) * (TERMS * L) + 5 * L, tl.sum(b_kept))
+    return b_grad
 
 
 @triton.jit

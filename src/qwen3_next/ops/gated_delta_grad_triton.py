@@ -56,8 +56,8 @@ from qwen3_next.ops.gated_delta_scan_grad_triton import walks_kernel
 from qwen3_next.ops.segments import Segments
 
 
-VALUE = {'num_warps': 4}
-KEY = {'num_warps': 4}
+VALUE = {"num_warps": 4, "maxnreg": 168}
+KEY = {"num_warps": 8}
 
 
 class GatedDeltaGradients(NamedTuple):
@@ -101,15 +101,13 @@ class _Walks(NamedTuple):
     """What the two walks over the chunks find.
 
     Attributes:
-        states: S, the state that enters each chunk, and `written`: Z, both in `v.dtype`.
-        grad_states: dS', that of the state that leaves each chunk, and `grad_alone`: dX, both in `v.dtype`.
+        states: S, the state that enters each chunk, and dS', the gradient of the one that leaves it, in `v.dtype`.
+        values: dX and Z, in `v.dtype`; zeros beyond the tokens of a chunk.
         grad_initial: dS of the first chunks.
     """
 
-    states: Float[Tensor, "G Hv BK BV"]
-    written: Float[Tensor, "G Hv L BV"]
-    grad_states: Float[Tensor, "G Hv BK BV"]
-    grad_alone: Float[Tensor, "G Hv L BV"]
+    states: Float[Tensor, "2 G Hv BK BV"]
+    values: Float[Tensor, "2 G Hv L BV"]
     grad_initial: Float[Tensor, "N Hv Dk Dv"]
 
 
@@ -120,9 +118,8 @@ def _walk(
     """The states again, and equations 1 to 3."""
     (_, key_heads, dk), (_, value_heads, dv) = k.shape, v.shape
     chunks = segments.cut(CHUNK)
-    systems_of = (chunks.count, value_heads)
-    states, grad_states = (v.new_empty(*systems_of, padded_width(dk), padded_width(dv)) for _ in range(2))
-    written, grad_alone = (v.new_empty(*systems_of, CHUNK, padded_width(dv)) for _ in range(2))
+    states = v.new_empty(2, chunks.count, value_heads, padded_width(dk), padded_width(dv))
+    values = v.new_empty(2, chunks.count, value_heads, CHUNK, padded_width(dv))
     # Zeros for states that are not given: one kernel for all calls is one to compile and to check.
     initial_state, grad_final_state = (
         v.new_zeros(segments.count, value_heads, dk, dv, dtype=torch.float32) if x is None else x.contiguous()
@@ -133,13 +130,14 @@ def _walk(
     if chunks.count:
         block, warps, stages = _walk_configuration(dk, dv, v.dtype)
         walks_kernel[(2 * padded_width(dv) // block, value_heads, segments.count)](
-            *(q, k, v, grad_output, systems.inverse, systems.attention, systems.scales, systems.decay),
-            *(initial_state, grad_final_state, states, written, grad_states, grad_alone, grad_initial),
+            *(q, k, v, grad_output, _tiles(systems.inverse), _tiles(systems.attention), systems.scales, systems.decay),
+            *(initial_state, grad_final_state, _tiles(states[0], block), _tiles(values[1], block)),
+            *(_tiles(states[1], block), _tiles(values[0], block), grad_initial),
             *(chunks.cu_seqlens, chunks.first),
             Q_ROW=q.stride(0), K_ROW=k.stride(0), V_ROW=v.stride(0), HK=key_heads, HV=value_heads, DK=dk, DV=dv,
             BK=padded_width(dk), BV=block, VALUES=padded_width(dv), L=CHUNK, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    return _Walks(states, written, grad_states, grad_alone, grad_initial)
+    return _Walks(states, values, grad_initial)
 
 
 def _chunk_gradients(
@@ -158,16 +156,15 @@ def _chunk_gradients(
         shape = {"K_ROW": k.stride(0), "HK": key_heads, "HV": value_heads, "DK": dk, "DV": dv, "L": CHUNK}
         shape |= {"BK": padded_width(dk), "BV": padded_width(dv), "num_stages": 1}
         value_gradients_kernel[(value_heads, chunks.count)](
-            *(k, v, grad_output, _tiles(walks.written), _tiles(walks.grad_alone)),
-            *(systems.attention, systems.sums, systems.scales, systems.rstd_q, systems.rstd_k),
-            *(grad_v, grad_attention, grad_system, terms, *places),
-            **shape, V_ROW=v.stride(0), **VALUE,
+            *(k, v, grad_output, _tiles(walks.values), systems.attention, systems.sums, systems.scales),
+            *(systems.rstd_q, systems.rstd_k, grad_v, grad_attention, grad_system, terms, *places),
+            chunks.count * value_heads, **shape, V_ROW=v.stride(0), **VALUE,
         )  # fmt: skip
-        scratch = (walks.written, walks.grad_alone, walks.states, walks.grad_states, grad_attention, grad_system)
+        rows = TensorDescriptor.from_tensor(grad_output, [CHUNK, 1, padded_width(dv)])
         key_gradients_kernel[(2 * key_heads, chunks.count)](
-            *(q, k, grad_output, *map(_tiles, scratch), walks.states, walks.grad_states),
+            *(q, k, rows, *map(_tiles, (walks.values, walks.states, grad_attention, grad_system)), walks.states),
             *(systems.scales, systems.rstd_q, systems.rstd_k, grad_q, grad_k, terms, *places),
-            **shape, Q_ROW=q.stride(0), **KEY,
+            chunks.count * value_heads, **shape, Q_ROW=q.stride(0), **KEY,
         )  # fmt: skip
         gate_gradients_kernel[(value_heads, chunks.count)](
             *(terms, systems.scales, systems.decay, grad_log_decay, grad_beta, *places),
@@ -176,9 +173,9 @@ def _chunk_gradients(
     return GatedDeltaGradients(grad_q, grad_k, grad_v, grad_log_decay, grad_beta, walks.grad_initial)
 
 
-def _tiles(x: Float[Tensor, "G Hv R C"]) -> TensorDescriptor:
-    """Each `[R, C]` as one block, which the hardware of a Hopper card fetches without a register."""
-    return TensorDescriptor.from_tensor(x.flatten(0, 2), list(x.shape[2:]))
+def _tiles(x: Float[Tensor, "*G R C"], columns: int | None = None) -> TensorDescriptor:
+    """Each `[R, columns]`, all C by default, as one block, which a Hopper card moves without a register."""
+    return TensorDescriptor.from_tensor(x.flatten(0, -2), [x.shape[-2], columns or x.shape[-1]])
 
 
 def _walk_configuration(dk: int, dv: int, dtype: torch.dtype) -> tuple[int, int, int]:
