@@ -4,27 +4,29 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from tests.ops.checks import TOLERANCES, relative_error
+from tests.ops.checks import relative_error, tolerance
 from torch import Tensor
 
+from qwen3_next.errors import BackendError
 from qwen3_next.ops.backend import use
 from qwen3_next.ops.gated_delta import GatedDeltaOutput, gated_delta_rule, gated_delta_rule_recurrent
 from qwen3_next.ops.gated_delta_chunk_triton import solve_chunks
 from qwen3_next.ops.gated_delta_grad_triton import gated_delta_backward
 from qwen3_next.ops.segments import Segments
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="refused on a GPU: Triton 3.6 compiles them wrongly")
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EXACT = TOLERANCES["gated_delta_rule", "float32"][1]
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+WIDTHS, DTYPE = ((128, 128), torch.bfloat16) if ON_GPU else ((8, 12), torch.float32)
+"""A GPU takes gradients of wide heads in half precision alone; the interpreter takes all, and is slow."""
+EXACT = tolerance("gated_delta_rule", DTYPE)[1]
 NAMES = ("q", "k", "v", "log_decay", "beta", "initial_state")
 
 
 def random_inputs(
     lengths: Sequence[int],
     heads: tuple[int, int] = (1, 2),
-    widths: tuple[int, int] = (8, 12),
-    dtype: torch.dtype = torch.float32,
+    widths: tuple[int, int] = WIDTHS,
+    dtype: torch.dtype = DTYPE,
 ) -> list[Tensor]:
     """q, k, v (columns of wider rows, as the convolution leaves them), log_decay, beta and initial states."""
     (key_heads, value_heads), (dk, dv), tokens = heads, widths, sum(lengths)
@@ -67,7 +69,7 @@ def expected_gradients(
     return list(grads)
 
 
-def assert_equals_the_recurrence(inputs: list[Tensor], lengths: Sequence[int], tolerance: float = EXACT) -> None:
+def assert_equals_the_recurrence(inputs: list[Tensor], lengths: Sequence[int], largest: float = EXACT) -> None:
     directions = random_directions(inputs)
     grads = gradients(inputs, lengths, directions)
     expected = expected_gradients(inputs, lengths, directions)
@@ -77,7 +79,7 @@ def assert_equals_the_recurrence(inputs: list[Tensor], lengths: Sequence[int], t
         assert grad.dtype == x.dtype, name
         assert grad.isfinite().all(), name
         small = max(grad.double().norm().item(), other.norm().item()) <= scale
-        assert small or relative_error(grad, other) <= tolerance, (name, relative_error(grad, other))
+        assert small or relative_error(grad, other) <= largest, (name, relative_error(grad, other))
 
 
 @pytest.mark.parametrize("lengths", [[0, 1, 63, 64, 65, 130], [5, 0, 0], [1] * 3])
@@ -86,9 +88,8 @@ def test_packed_sequences_of_any_length(fresh_seed: int, lengths: list[int]) -> 
     assert_equals_the_recurrence(random_inputs(lengths), lengths)
 
 
-@pytest.mark.parametrize(
-    ("heads", "widths"), [((1, 1), (16, 16)), ((2, 2), (20, 5)), ((1, 3), (5, 70)), ((2, 4), (40, 33))]
-)
+@pytest.mark.parametrize("heads", [(1, 1), (2, 2), (1, 3), (2, 4)])
+@pytest.mark.parametrize("widths", [(64, 64), (40, 128), (128, 33), (100, 70)] if ON_GPU else [(16, 16), (20, 5), (5, 70)])
 def test_any_heads_and_widths(fresh_seed: int, heads: tuple[int, int], widths: tuple[int, int]) -> None:
     torch.manual_seed(fresh_seed)
     assert_equals_the_recurrence(random_inputs([20], heads, widths), [20])
@@ -98,8 +99,8 @@ def test_any_heads_and_widths(fresh_seed: int, heads: tuple[int, int], widths: t
 def test_half_precision(fresh_seed: int, dtype: torch.dtype) -> None:
     """The interpreter truncates to bf16 where a GPU rounds, so that its error is twice as large."""
     torch.manual_seed(fresh_seed)
-    inputs = random_inputs([70, 3], (1, 2), (32, 32), dtype)
-    assert_equals_the_recurrence(inputs, [70, 3], TOLERANCES["gated_delta_rule", str(dtype).removeprefix("torch.")][1])
+    inputs = random_inputs([70, 3], (1, 2), (64, 64) if ON_GPU else (32, 32), dtype)
+    assert_equals_the_recurrence(inputs, [70, 3], tolerance("gated_delta_rule", dtype)[1])
 
 
 @pytest.mark.parametrize(("beta", "repeated"), [(0.0, False), (1.0, False), (1.0, True)])
@@ -110,7 +111,9 @@ def test_extremes(fresh_seed: int, beta: float, repeated: bool, decays: list[flo
     q, k, v, _, _, state = random_inputs([70], (1, 1))
     log_decay = torch.tensor(decays, device=DEVICE).repeat(70)[:70, None]
     k = torch.ones_like(k) if repeated else k
-    assert_equals_the_recurrence([q, k, v, log_decay, torch.full_like(log_decay, beta), state], [70])
+    # With one key throughout and nothing forgotten, each token undoes the one before it, rounding included.
+    inputs = [q, k, v, log_decay, torch.full_like(log_decay, beta), state]
+    assert_equals_the_recurrence(inputs, [70], 2 * EXACT if repeated else EXACT)
 
 
 @pytest.mark.parametrize("present", ["output", "final_state"])
@@ -209,29 +212,40 @@ def test_a_broken_sequence_does_not_leak(fresh_seed: int, lengths: list[int]) ->
     [
         ([4097], (16, 32), (128, 128)),
         ([1000, 37, 0, 2011, 1, 1047], (16, 32), (128, 128)),
+        ([997] * 40, (1, 2), (128, 128)),
         ([997] * 40, (1, 2), (64, 128)),
         ([997] * 40, (2, 4), (64, 64)),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_state", [True, False])
 def test_heads_of_published_and_trained_models(
-    fresh_seed: int, lengths: list[int], heads: tuple[int, int], widths: tuple[int, int], dtype: torch.dtype
+    fresh_seed: int,
+    lengths: list[int],
+    heads: tuple[int, int],
+    widths: tuple[int, int],
+    dtype: torch.dtype,
+    with_state: bool,
 ) -> None:
     torch.manual_seed(fresh_seed)
-    inputs = random_inputs(lengths, heads, widths, dtype)
-    directions = random_directions(inputs)
-    grads = gradients(inputs, lengths, directions)
-    expected = expected_gradients(inputs, lengths, directions, gated_delta_rule)
-    tolerance = TOLERANCES["gated_delta_rule", str(dtype).removeprefix("torch.")][1]
-    for name, grad, other in zip(NAMES, grads, expected, strict=True):
-        assert relative_error(grad, other) <= tolerance, (name, relative_error(grad, other))
+    inputs = random_inputs(lengths, heads, widths, dtype)[: 6 if with_state else 5]
+    segments = Segments.from_lengths(lengths, DEVICE)
+    found, expected = [x.detach().requires_grad_() for x in inputs], [x.double().requires_grad_() for x in inputs]
+    with use("triton"):
+        output = gated_delta_rule(*found[:5], segments, *found[5:]).output
+    with use("reference"):
+        exact = gated_delta_rule(*expected[:5], segments, *expected[5:]).output
+    direction = torch.randn_like(output)
+    grads = torch.autograd.grad(output, found, direction)
+    for name, grad, other in zip(NAMES, grads, torch.autograd.grad(exact, expected, direction.double()), strict=False):
+        error = relative_error(grad, other)
+        assert error <= tolerance("gated_delta_rule", dtype)[1], (name, error)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("widths", [(256, 256), (64, 256), (256, 64)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_wide_heads(fresh_seed: int, widths: tuple[int, int], dtype: torch.dtype) -> None:
-    torch.manual_seed(fresh_seed)
-    inputs = random_inputs([70, 130], (2, 4), widths, dtype)
-    tolerance = TOLERANCES["gated_delta_rule", str(dtype).removeprefix("torch.")][1]
-    assert_equals_the_recurrence(inputs, [70, 130], tolerance)
+@pytest.mark.parametrize(("widths", "dtype"), [((256, 128), torch.bfloat16), ((128, 32), torch.bfloat16), ((128, 128), torch.float32)])
+def test_what_was_not_found_right_on_a_card_is_refused_there(widths: tuple[int, int], dtype: torch.dtype) -> None:
+    inputs = random_inputs([3], (1, 2), widths, dtype)
+    inputs[2].requires_grad_()
+    with use("triton"), pytest.raises(BackendError, match="gradients"):
+        forward(gated_delta_rule, inputs, [3])

@@ -34,6 +34,7 @@ No term of (8) is a small difference of large ones, however strong the decay: wh
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from jaxtyping import Float
 from torch import Tensor
@@ -160,7 +161,7 @@ def _chunk_gradients(
             *(systems.rstd_q, systems.rstd_k, grad_v, grad_attention, grad_system, terms, *places),
             chunks.count * value_heads, **shape, V_ROW=v.stride(0), **VALUE,
         )  # fmt: skip
-        rows = TensorDescriptor.from_tensor(grad_output, [CHUNK, 1, padded_width(dv)])
+        rows = TensorDescriptor.from_tensor(_aligned(grad_output), [CHUNK, 1, padded_width(dv)])
         key_gradients_kernel[(2 * key_heads, chunks.count)](
             *(q, k, rows, *map(_tiles, (walks.values, walks.states, grad_attention, grad_system)), walks.states),
             *(systems.scales, systems.rstd_q, systems.rstd_k, grad_q, grad_k, terms, *places),
@@ -176,6 +177,14 @@ def _chunk_gradients(
 def _tiles(x: Float[Tensor, "*G R C"], columns: int | None = None) -> TensorDescriptor:
     """Each `[R, columns]`, all C by default, as one block, which a Hopper card moves without a register."""
     return TensorDescriptor.from_tensor(x.flatten(0, -2), [x.shape[-2], columns or x.shape[-1]])
+
+
+def _aligned(x: Float[Tensor, "T H D"]) -> Float[Tensor, "T H D"]:
+    """x, or a copy with zeros beside it, that can be described to the hardware: in steps of 16 bytes."""
+    unit = 16 // x.element_size()
+    if x.shape[2] % unit == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return F.pad(x, (0, -x.shape[2] % unit)).clone()
 
 
 def _walk_configuration(dk: int, dv: int, dtype: torch.dtype) -> tuple[int, int, int]:
