@@ -105,7 +105,7 @@ def _query_gradients(
     """Equation 5, and what queries give to the gates through the state that enters."""
     o_row = tl.arange(0, L)
     b_grad = tl.zeros([L, BK], dtype=tl.float32)
-    for i_head in tl.range(HV // HK, num_stages=2):
+    for i_head in range(HV // HK):
         i_system = first_system + i_head
         # Rows beyond the sequence are those of another one.
         b_output = grad_output.load([token.to(tl.int32), first_head + i_head, 0]).reshape(L, BV)
@@ -115,7 +115,7 @@ def _query_gradients(
         along = tl.sum(b_q.to(tl.float32) * b_read, axis=1)
         tl.store(p_terms + i_system.to(tl.int64) * (TERMS * L) + 2 * L + o_row, along)
         b_grad = _plus(b_read, b_grad)
-    for i_head in tl.range(HV // HK, num_stages=1):
+    for i_head in range(HV // HK):
         b_attention = grad_attention.load([(first_system + i_head) * L, 0])
         b_grad = _plus(dot(b_attention, b_k), b_grad)
     return b_grad
@@ -129,7 +129,7 @@ def _key_gradients(
     """Equation 6, and what keys give to the gates through the states that enter and leave."""
     o_row = tl.arange(0, L)
     b_grad = tl.zeros([L, BK], dtype=tl.float32)
-    for i_turn in tl.range(2 * (HV // HK), num_stages=2):
+    for i_turn in range(2 * (HV // HK)):
         # dX with S in even turns, Z with dS' in odd ones.
         i_system, is_leaving = first_system + i_turn // 2, i_turn % 2
         tile = is_leaving * systems + i_system
@@ -142,7 +142,7 @@ def _key_gradients(
         tl.store(p_terms + i_system.to(tl.int64) * (TERMS * L) + (3 + is_leaving) * L + o_row, along)
         factor = tl.where(is_leaving == 1, 1.0, -beta)
         b_grad = tl.fma(b_read, tl.broadcast_to(factor[:, None], [L, BK]), b_grad)
-    for i_head in tl.range(HV // HK, num_stages=1):
+    for i_head in range(HV // HK):
         i_system = first_system + i_head
         b_attention = grad_attention.load([i_system * L, 0])
         b_grad = _plus(dot(tl.trans(b_attention), b_q), b_grad)

@@ -57,10 +57,6 @@ from qwen3_next.ops.gated_delta_scan_grad_triton import walks_kernel
 from qwen3_next.ops.segments import Segments
 
 
-VALUE = {"num_warps": 4, "maxnreg": 168}
-KEY = {"num_warps": 8}
-
-
 class GatedDeltaGradients(NamedTuple):
     """The gradient of each input, in its dtype."""
 
@@ -129,14 +125,14 @@ def _walk(
     # A sequence without tokens passes the gradient of its final state through.
     grad_initial = grad_final_state.to(initial_state.dtype, copy=True)
     if chunks.count:
-        block, warps, stages = _walk_configuration(dk, dv, v.dtype)
-        walks_kernel[(2 * padded_width(dv) // block, value_heads, segments.count)](
-            *(q, k, v, grad_output, _tiles(systems.inverse), _tiles(systems.attention), systems.scales, systems.decay),
-            *(initial_state, grad_final_state, _tiles(states[0], block), _tiles(values[1], block)),
-            *(_tiles(states[1], block), _tiles(values[0], block), grad_initial),
+        forth, back = (min(block, padded_width(dv)) for block in _WALK_COLUMNS)
+        columns = padded_width(dv) // forth + padded_width(dv) // back
+        walks_kernel[(value_heads, columns, segments.count)](
+            *(q, k, v, grad_output, systems.inverse, systems.attention, systems.scales, systems.decay),
+            *(initial_state, grad_final_state, states[0], values[1], states[1], values[0], grad_initial),
             *(chunks.cu_seqlens, chunks.first),
             Q_ROW=q.stride(0), K_ROW=k.stride(0), V_ROW=v.stride(0), HK=key_heads, HV=value_heads, DK=dk, DV=dv,
-            BK=padded_width(dk), BV=block, VALUES=padded_width(dv), L=CHUNK, num_warps=warps, num_stages=stages,
+            BK=padded_width(dk), FORTH=forth, BACK=back, VALUES=padded_width(dv), L=CHUNK, num_warps=4, num_stages=2,
         )  # fmt: skip
     return _Walks(states, values, grad_initial)
 
@@ -155,28 +151,32 @@ def _chunk_gradients(
         grad_attention, grad_system = (torch.empty_like(systems.attention) for _ in range(2))
         places = (chunks.cu_seqlens, chunks.first, chunks.sequences)
         shape = {"K_ROW": k.stride(0), "HK": key_heads, "HV": value_heads, "DK": dk, "DV": dv, "L": CHUNK}
-        shape |= {"BK": padded_width(dk), "BV": padded_width(dv), "num_stages": 1}
+        shape |= {"BK": padded_width(dk), "BV": padded_width(dv), "num_stages": 2}
         value_gradients_kernel[(value_heads, chunks.count)](
             *(k, v, grad_output, _tiles(walks.values), systems.attention, systems.sums, systems.scales),
             *(systems.rstd_q, systems.rstd_k, grad_v, grad_attention, grad_system, terms, *places),
-            chunks.count * value_heads, **shape, V_ROW=v.stride(0), **VALUE,
+            chunks.count * value_heads, **shape, V_ROW=v.stride(0), num_warps=4, maxnreg=168,
         )  # fmt: skip
         rows = TensorDescriptor.from_tensor(_aligned(grad_output), [CHUNK, 1, padded_width(dv)])
         key_gradients_kernel[(2 * key_heads, chunks.count)](
             *(q, k, rows, *map(_tiles, (walks.values, walks.states, grad_attention, grad_system)), walks.states),
             *(systems.scales, systems.rstd_q, systems.rstd_k, grad_q, grad_k, terms, *places),
-            chunks.count * value_heads, **shape, Q_ROW=q.stride(0), **KEY,
+            chunks.count * value_heads, **shape, Q_ROW=q.stride(0), num_warps=8,
         )  # fmt: skip
         gate_gradients_kernel[(value_heads, chunks.count)](
             *(terms, systems.scales, systems.decay, grad_log_decay, grad_beta, *places),
-            HV=value_heads, L=CHUNK, num_warps=2, num_stages=1,
+            HV=value_heads, L=CHUNK, num_warps=2, num_stages=2,
         )  # fmt: skip
     return GatedDeltaGradients(grad_q, grad_k, grad_v, grad_log_decay, grad_beta, walks.grad_initial)
 
 
-def _tiles(x: Float[Tensor, "*G R C"], columns: int | None = None) -> TensorDescriptor:
-    """Each `[R, columns]`, all C by default, as one block, which a Hopper card moves without a register."""
-    return TensorDescriptor.from_tensor(x.flatten(0, -2), [x.shape[-2], columns or x.shape[-1]])
+_WALK_COLUMNS = 32, 32
+"""Of the state in a program that walks forth, and in one that walks back. For H100 and H200."""
+
+
+def _tiles(x: Float[Tensor, "*G R C"]) -> TensorDescriptor:
+    """Each `[R, C]` as one block, which a Hopper card moves without a register."""
+    return TensorDescriptor.from_tensor(x.flatten(0, -2), list(x.shape[-2:]))
 
 
 def _aligned(x: Float[Tensor, "T H D"]) -> Float[Tensor, "T H D"]:
@@ -185,8 +185,3 @@ def _aligned(x: Float[Tensor, "T H D"]) -> Float[Tensor, "T H D"]:
     if x.shape[2] % unit == 0 and x.data_ptr() % 16 == 0:
         return x
     return F.pad(x, (0, -x.shape[2] % unit)).clone()
-
-
-def _walk_configuration(dk: int, dv: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Columns of the state in a program of the walks, warps, stages of its loads. For H100 and H200."""
-    return min(32, padded_width(dv)), 4, 2
