@@ -89,7 +89,9 @@ def test_packed_sequences_of_any_length(fresh_seed: int, lengths: list[int]) -> 
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (2, 2), (1, 3), (2, 4)])
-@pytest.mark.parametrize("widths", [(64, 64), (40, 128), (128, 33), (100, 70)] if ON_GPU else [(16, 16), (20, 5), (5, 70)])
+@pytest.mark.parametrize(
+    "widths", [(64, 64), (40, 128), (128, 33), (100, 70)] if ON_GPU else [(16, 16), (20, 5), (5, 70)]
+)
 def test_any_heads_and_widths(fresh_seed: int, heads: tuple[int, int], widths: tuple[int, int]) -> None:
     torch.manual_seed(fresh_seed)
     assert_equals_the_recurrence(random_inputs([20], heads, widths), [20])
@@ -229,12 +231,11 @@ def test_heads_of_published_and_trained_models(
 ) -> None:
     torch.manual_seed(fresh_seed)
     inputs = random_inputs(lengths, heads, widths, dtype)[: 6 if with_state else 5]
-    segments = Segments.from_lengths(lengths, DEVICE)
     found, expected = [x.detach().requires_grad_() for x in inputs], [x.double().requires_grad_() for x in inputs]
     with use("triton"):
-        output = gated_delta_rule(*found[:5], segments, *found[5:]).output
+        output = forward(gated_delta_rule, found, lengths).output
     with use("reference"):
-        exact = gated_delta_rule(*expected[:5], segments, *expected[5:]).output
+        exact = forward(gated_delta_rule, expected, lengths).output
     direction = torch.randn_like(output)
     grads = torch.autograd.grad(output, found, direction)
     for name, grad, other in zip(NAMES, grads, torch.autograd.grad(exact, expected, direction.double()), strict=False):
@@ -243,7 +244,9 @@ def test_heads_of_published_and_trained_models(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("widths", "dtype"), [((256, 128), torch.bfloat16), ((128, 32), torch.bfloat16), ((128, 128), torch.float32)])
+@pytest.mark.parametrize(
+    ("widths", "dtype"), [((256, 128), torch.bfloat16), ((128, 32), torch.bfloat16), ((128, 128), torch.float32)]
+)
 def test_what_was_not_found_right_on_a_card_is_refused_there(widths: tuple[int, int], dtype: torch.dtype) -> None:
     inputs = random_inputs([3], (1, 2), widths, dtype)
     inputs[2].requires_grad_()

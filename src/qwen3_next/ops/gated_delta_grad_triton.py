@@ -35,23 +35,22 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from jaxtyping import Float
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from qwen3_next.ops.gated_delta_chunk_grad_triton import (
+    TERMS,
+    gate_gradients_kernel,
+    key_gradients_kernel,
+    value_gradients_kernel,
+)
 from qwen3_next.ops.gated_delta_chunk_triton import (
     CHUNK,
     ChunkSystems,
     by_token,
     padded_width,
     solve_chunks,
-)
-from qwen3_next.ops.gated_delta_chunk_grad_triton import (
-    TERMS,
-    gate_gradients_kernel,
-    key_gradients_kernel,
-    value_gradients_kernel,
 )
 from qwen3_next.ops.gated_delta_scan_grad_triton import walks_kernel
 from qwen3_next.ops.segments import Segments
