@@ -19,7 +19,7 @@ TERMS = tl.constexpr(6)
 what they give to beta, then queries by the entering state, keys by the entering and by the leaving one; <dS', S>."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["systems"])
 def value_gradients_kernel(
     p_k, p_v, p_grad_output, values, p_attention, p_sums, p_scales, p_rstd_q, p_rstd_k,
     p_grad_v, p_grad_attention, p_grad_system, p_terms, p_cu_seqlens, p_first_chunk, p_sequences, systems,
@@ -69,7 +69,7 @@ def value_gradients_kernel(
     tl.store(p_term + L, along_v + mutual)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["systems"])
 def key_gradients_kernel(
     p_q, p_k, grad_output, values, states, grad_attention, grad_system, p_states,
     p_scales, p_rstd_q, p_rstd_k, p_grad_q, p_grad_k, p_terms, p_cu_seqlens, p_first_chunk, p_sequences, systems,

@@ -39,6 +39,7 @@ from jaxtyping import Float
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from qwen3_next.ops.common_triton import multiprocessors
 from qwen3_next.ops.gated_delta_chunk_grad_triton import (
     TERMS,
     gate_gradients_kernel,
@@ -84,10 +85,11 @@ def gated_delta_backward(
     Args:
         systems: those of the forward pass, where it kept them. States and writes are found again in any case.
     """
-    q, k, v, log_decay, beta = by_token(q), by_token(k), by_token(v), log_decay.contiguous(), beta.contiguous()
+    q, k, v = (_aligned(by_token(x)) for x in (q, k, v))
+    log_decay, beta = log_decay.contiguous(), beta.contiguous()
     if systems is None:
         systems = solve_chunks(q, k, log_decay, beta, segments)
-    grad_output = v.new_zeros(v.shape) if grad_output is None else grad_output.to(v.dtype).contiguous()
+    grad_output = v.new_zeros(v.shape) if grad_output is None else _aligned(grad_output.to(v.dtype).contiguous())
     walks = _walk(q, k, v, systems, segments, initial_state, grad_output, grad_final_state)
     found = _chunk_gradients(q, k, v, log_decay, beta, systems, segments, grad_output, walks)
     return found if initial_state is not None else found._replace(initial_state=None)
@@ -124,7 +126,7 @@ def _walk(
     # A sequence without tokens passes the gradient of its final state through.
     grad_initial = grad_final_state.to(initial_state.dtype, copy=True)
     if chunks.count:
-        forth, back = (min(block, padded_width(dv)) for block in _WALK_COLUMNS)
+        forth, back = _walk_columns(segments, value_heads, padded_width(dv))
         columns = padded_width(dv) // forth + padded_width(dv) // back
         walks_kernel[(value_heads, columns, segments.count)](
             *(q, k, v, grad_output, systems.inverse, systems.attention, systems.scales, systems.decay),
@@ -156,10 +158,10 @@ def _chunk_gradients(
             *(systems.rstd_q, systems.rstd_k, grad_v, grad_attention, grad_system, terms, *places),
             chunks.count * value_heads, **shape, V_ROW=v.stride(0), num_warps=4, maxnreg=168,
         )  # fmt: skip
-        rows = TensorDescriptor.from_tensor(_aligned(grad_output), [CHUNK, 1, padded_width(dv)])
         key_gradients_kernel[(2 * key_heads, chunks.count)](
-            *(q, k, rows, *map(_tiles, (walks.values, walks.states, grad_attention, grad_system)), walks.states),
-            *(systems.scales, systems.rstd_q, systems.rstd_k, grad_q, grad_k, terms, *places),
+            *(q, k, _rows(grad_output), _tiles(walks.values), _tiles(walks.states)),
+            *(_tiles(grad_attention), _tiles(grad_system), walks.states, systems.scales),
+            *(systems.rstd_q, systems.rstd_k, grad_q, grad_k, terms, *places),
             chunks.count * value_heads, **shape, Q_ROW=q.stride(0), num_warps=8,
         )  # fmt: skip
         gate_gradients_kernel[(value_heads, chunks.count)](
@@ -169,8 +171,11 @@ def _chunk_gradients(
     return GatedDeltaGradients(grad_q, grad_k, grad_v, grad_log_decay, grad_beta, walks.grad_initial)
 
 
-_WALK_COLUMNS = 32, 32
-"""Of the state in a program that walks forth, and in one that walks back. For H100 and H200."""
+def _walk_columns(segments: Segments, heads: int, width: int) -> tuple[int, int]:
+    """Columns of the state in a program that walks forth, and in one that walks back. For H100 and H200."""
+    # Two programs fit on a multiprocessor. Where that leaves none waiting, the shorter step of fewer columns counts.
+    waits = 2 * width // 32 * heads * segments.count > 4 * multiprocessors(segments.device)
+    return min(64 if waits else 32, width), min(32, width)
 
 
 def _tiles(x: Float[Tensor, "*G R C"]) -> TensorDescriptor:
@@ -178,9 +183,16 @@ def _tiles(x: Float[Tensor, "*G R C"]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x.flatten(0, -2), list(x.shape[-2:]))
 
 
+def _rows(x: Float[Tensor, "T H D"]) -> TensorDescriptor:
+    """The tokens of a chunk of one head as one block; rows of other lengths than 16 bytes' multiples are copied."""
+    x = F.pad(x, (0, -x.shape[2] * x.element_size() % 16 // x.element_size()))
+    return TensorDescriptor.from_tensor(x, [CHUNK, 1, padded_width(x.shape[2])])
+
+
 def _aligned(x: Float[Tensor, "T H D"]) -> Float[Tensor, "T H D"]:
-    """x, or a copy with zeros beside it, that can be described to the hardware: in steps of 16 bytes."""
-    unit = 16 // x.element_size()
-    if x.shape[2] % unit == 0 and x.data_ptr() % 16 == 0:
-        return x
-    return F.pad(x, (0, -x.shape[2] % unit)).clone()
+    """x, or a copy, whose rows start at multiples of 16 bytes.
+
+    Others are not fetched ahead of the walks, and a walk without that is what Triton 3.6 compiles wrongly for Hopper.
+    """
+    is_aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x if is_aligned else x.clone(memory_format=torch.contiguous_format)

@@ -14,8 +14,8 @@ from qwen3_next.ops.snapshots import Snapshots
 _WIDEST = 256
 """Above it, a block of the state no longer fits into the registers."""
 
-_NARROWEST, _WIDEST_WITH_GRADIENT = 33, 128
-"""For gradients on a GPU: rounded up to 64 or 128, as in published and trained models."""
+_WIDTHS_WITH_GRADIENT = range(33, 129)
+"""On a GPU: padded to 64 or 128, as the heads of published and trained models are."""
 
 
 def _unfit(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -37,12 +37,13 @@ def _refusal(
 ) -> str | None:
     inputs = (q, k, v, log_decay, beta, initial_state)
     if q.is_cuda and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        # What was checked on a card. Triton 3.6 is known to compile products of other shapes and types wrongly.
+        # What was found right on a card. Triton 3.6 compiles a walk wrongly whose rows it cannot fetch 16 bytes at a
+        # time, and was seen to compile fp32 products of narrow heads and those of 256 channels wrongly.
         if v.dtype not in (torch.bfloat16, torch.float16):
             return f"gradients in bf16 and fp16, not in {v.dtype}"
-        if not all(_NARROWEST <= width <= _WIDEST_WITH_GRADIENT for width in (k.shape[2], v.shape[2])):
-            channels = f"{_NARROWEST} to {_WIDEST_WITH_GRADIENT}"
-            return f"gradients of heads of {channels} channels, not of {k.shape[2]} and {v.shape[2]}"
+        if not all(width % 8 == 0 and width in _WIDTHS_WITH_GRADIENT for width in (k.shape[2], v.shape[2])):
+            allowed = f"a multiple of 8 channels from {_WIDTHS_WITH_GRADIENT[0] + 7} to {_WIDTHS_WITH_GRADIENT[-1]}"
+            return f"gradients of heads of {allowed}, not of {k.shape[2]} and {v.shape[2]}"
     return _unfit(q, k, v)
 
 
