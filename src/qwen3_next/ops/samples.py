@@ -296,7 +296,7 @@ def _experts(s: Sizes) -> Iterator[Sample]:
         weights = _normal(dtype, e, 2 * f, d) / d**0.5, _normal(dtype, e, d, f) / f**0.5
         shared = SharedExpert(weights[0][0, :f], weights[0][0, f:], weights[1][0], _normal(dtype, 1, d) / d**0.5)
         experts = torch.rand(tokens, e).topk(top_k).indices
-        return _normal(dtype, tokens, d), *weights, _normal(dtype, tokens, top_k), experts, None, shared
+        return _normal(dtype, tokens, d), *weights, torch.rand(tokens, top_k).to(dtype), experts, None, shared
 
     def make_fp8(dtype: torch.dtype, tokens: int) -> tuple[Any, ...]:
         e, d, f = sizes
