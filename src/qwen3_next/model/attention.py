@@ -2,16 +2,15 @@
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.model.cache import AttentionCache, CachedKeys
 from qwen3_next.model.inputs import PackedInputs
-from qwen3_next.model.layers import RMSNorm, RotaryTables
+from qwen3_next.model.layers import RotaryRMSNorm, RotaryTables
 from qwen3_next.ops.attention import attention, attention_with_weights, cached_attention, chained_attention
-from qwen3_next.ops.rotary import apply_rotary
+from qwen3_next.ops.gate import sigmoid_gate
 
 
 class Projections(NamedTuple):
@@ -40,8 +39,8 @@ class GatedAttention(nn.Module):
         self.k_proj = nn.Linear(width, kv_size, bias=bias)
         self.v_proj = nn.Linear(width, kv_size, bias=bias)
         self.o_proj = nn.Linear(q_size, width, bias=bias)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.q_norm = RotaryRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RotaryRMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(
         self,
@@ -68,13 +67,12 @@ class GatedAttention(nn.Module):
         heads = (self.config.num_attention_heads, 2 * self.head_dim)
         kv_heads = (self.config.num_key_value_heads, self.head_dim)
         q, gate = self.q_proj(x).unflatten(-1, heads).chunk(2, dim=-1)
-        q = apply_rotary(self.q_norm(q), *rotary)
-        k = apply_rotary(self.k_norm(self.k_proj(x).unflatten(-1, kv_heads)), *rotary)
-        return Projections(q, k, self.v_proj(x).unflatten(-1, kv_heads), gate)
+        k, v = (projected.unflatten(-1, kv_heads) for projected in (self.k_proj(x), self.v_proj(x)))
+        return Projections(self.q_norm(q, rotary), self.k_norm(k, rotary), v, gate)
 
     def gate_and_project(self, mixed: Float[Tensor, "T H Dh"], gate: Float[Tensor, "T H Dh"]) -> Float[Tensor, "T D"]:
         """What the layer adds to the residual stream."""
-        return self.o_proj((mixed * torch.sigmoid(gate)).flatten(1))
+        return self.o_proj(sigmoid_gate(mixed, gate).flatten(1))
 
     def attend_chain(self, chain: list[Projections], inputs: PackedInputs) -> Float[Tensor, "T D"]:
         """The output of the last step of a draft chain that starts at every token (see `chained_attention`)."""

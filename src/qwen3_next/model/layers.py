@@ -1,16 +1,17 @@
 """The small modules: norms, the convolution of a DeltaNet layer, the dense SwiGLU layer, the rotary tables."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config_rope import require_served_rope_type
-from qwen3_next.ops.causal_conv import ConvOutput, causal_conv
-from qwen3_next.ops.norm import gated_rms_norm, rms_norm
+from qwen3_next.ops.causal_conv import ConvOutput, ProjectionColumns, causal_conv
+from qwen3_next.ops.gate import swiglu
+from qwen3_next.ops.norm import AddedNorm, add_rms_norm, gated_rms_norm, rms_norm
 from qwen3_next.ops.rotary import (
     YarnScaling,
+    rms_norm_rotary,
     rotary_frequencies,
     rotary_tables,
     stretched_theta,
@@ -38,6 +39,22 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+class AddRMSNorm(RMSNorm):
+    """The norm of a residual stream to which something is added first."""
+
+    def forward(self, x: Float[Tensor, "*B D"], update: Float[Tensor, "*B D"]) -> AddedNorm:
+        """The normed sum, and the sum itself."""
+        return add_rms_norm(x, update, self.weight, self.eps)
+
+
+class RotaryRMSNorm(RMSNorm):
+    """The norm of each query or key head, and the rotation after it."""
+
+    def forward(self, x: Float[Tensor, "T H Dh"], rotary: RotaryTables) -> Float[Tensor, "T H Dh"]:
+        """The normed heads, turned to their positions."""
+        return rms_norm_rotary(x, self.weight, self.eps, *rotary)
+
+
 class GatedRMSNorm(nn.Module):
     """RMS norm of each head with a plain weight, then a SiLU gate."""
 
@@ -52,17 +69,21 @@ class GatedRMSNorm(nn.Module):
 
 
 class CausalConvolution(nn.Module):
-    """Depthwise causal convolution and SiLU along each packed sequence."""
+    """Depthwise causal convolution and SiLU along each packed sequence, of some columns of a projection."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
 
     def forward(
-        self, x: Float[Tensor, "T C"], segments: Segments, state: Float[Tensor, "N C W-1"] | None
+        self,
+        x: Float[Tensor, "T P"],
+        segments: Segments,
+        state: Float[Tensor, "N C W-1"] | None,
+        columns: ProjectionColumns,
     ) -> ConvOutput:
         """The convolved tokens, and the inputs that the next call needs; `state` is what an earlier one left."""
-        return causal_conv(x, self.weight[:, 0], segments, state)
+        return causal_conv(x, self.weight[:, 0], segments, state, columns)
 
 
 class DenseMLP(nn.Module):
@@ -76,7 +97,7 @@ class DenseMLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         """What the layer adds to the residual stream."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class RotaryEmbedding(nn.Module):

@@ -77,9 +77,8 @@ class MultiTokenPredictor(nn.Module):
         for step, tables in enumerate(rotary):
             x = self._fuse(shift(embeddings, inputs.segments, step + 1), hidden)
             projections.append(layer.self_attn.project(layer.input_layernorm(x), tables))
-            x = x + layer.self_attn.attend_chain(projections, inputs)
-            update, routing = layer.transform_channels(x)
-            hidden = self.norm(x + update)
+            x, routing = layer.add_and_transform(x, layer.self_attn.attend_chain(projections, inputs))
+            hidden = self.norm(x)
             predictions.append(Prediction(hidden, routing))
         return predictions
 
