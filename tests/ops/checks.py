@@ -35,12 +35,17 @@ TOLERANCES: dict[tuple[str, str], tuple[float, float]] = {
     ("rms_norm_rotary", "float32"): (1e-6, 3e-6),
     ("rms_norm_rotary", "float16"): (1e-3, 1.5e-3),
     ("rms_norm_rotary", "bfloat16"): (1.2e-2, 1.2e-2),
+    ("route", "float32"): (1e-5, 1e-5),
+    ("route", "bfloat16"): (1e-2, 2.5e-2),
     ("sigmoid_gate", "float32"): (1e-6, 2e-6),
     ("sigmoid_gate", "float16"): (8e-4, 1e-3),
     ("sigmoid_gate", "bfloat16"): (1e-2, 1e-2),
     ("swiglu", "float32"): (1e-6, 2e-6),
     ("swiglu", "float16"): (8e-4, 1e-3),
     ("swiglu", "bfloat16"): (1e-2, 1e-2),
+    ("swiglu_experts", "float32"): (1e-6, 2e-6),
+    ("swiglu_experts", "bfloat16"): (1.5e-2, 2.5e-2),
+    ("swiglu_experts", "float8_e4m3fn"): (4e-2, 0.0),
 }
 """What a twin may differ from its definition by, as `|result - expected| / |expected|`."""
 

@@ -9,21 +9,33 @@ from qwen3_next.ops.attention import attention
 from qwen3_next.ops.backend import use
 from qwen3_next.ops.causal_conv import ProjectionColumns, causal_conv, causal_conv_
 from qwen3_next.ops.cross_entropy import linear_argmax, linear_cross_entropy
-from qwen3_next.ops.experts import Routing, route, swiglu_experts
+from qwen3_next.ops.experts import ExpertScales, SharedExpert, swiglu_experts
 from qwen3_next.ops.gate import sigmoid_gate, swiglu
 from qwen3_next.ops.gated_delta import gated_delta_rule, gated_delta_rule_, gated_delta_rule_recurrent
 from qwen3_next.ops.gated_delta_step import StepState, StepWeights, delta_net_step_
+from qwen3_next.ops.linear import linear
 from qwen3_next.ops.norm import AddedNorm, add_rms_norm, gated_rms_norm, rms_norm
-from qwen3_next.ops.quant import dequantize_block_fp8
+from qwen3_next.ops.quant import (
+    ActivationFp8,
+    BlockFp8,
+    dequantize_block_fp8,
+    quantize_activations,
+    quantize_block_fp8,
+)
 from qwen3_next.ops.rotary import apply_rotary, rms_norm_rotary
+from qwen3_next.ops.routing import Routing, route
 from qwen3_next.ops.segments import Segments
 from qwen3_next.ops.snapshots import Snapshots
 
 __all__ = [
+    "ActivationFp8",
     "AddedNorm",
+    "BlockFp8",
+    "ExpertScales",
     "ProjectionColumns",
     "Routing",
     "Segments",
+    "SharedExpert",
     "Snapshots",
     "StepState",
     "StepWeights",
@@ -38,8 +50,11 @@ __all__ = [
     "gated_delta_rule_",
     "gated_delta_rule_recurrent",
     "gated_rms_norm",
+    "linear",
     "linear_argmax",
     "linear_cross_entropy",
+    "quantize_activations",
+    "quantize_block_fp8",
     "rms_norm",
     "rms_norm_rotary",
     "route",

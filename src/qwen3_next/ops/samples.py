@@ -9,11 +9,15 @@ from torch import Tensor
 
 from qwen3_next.ops.causal_conv import ProjectionColumns, causal_conv, causal_conv_
 from qwen3_next.ops.cross_entropy import IGNORED, linear_argmax, linear_cross_entropy
+from qwen3_next.ops.experts import ExpertScales, SharedExpert, swiglu_experts
 from qwen3_next.ops.gate import sigmoid_gate, swiglu
 from qwen3_next.ops.gated_delta import gated_delta_rule, gated_delta_rule_, gated_delta_rule_recurrent
 from qwen3_next.ops.gated_delta_step import StepState, StepWeights, delta_net_step_
+from qwen3_next.ops.linear import linear
 from qwen3_next.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
+from qwen3_next.ops.quant import BlockFp8, dequantize_block_fp8, quantize_activations, quantize_block_fp8
 from qwen3_next.ops.rotary import apply_rotary, rms_norm_rotary
+from qwen3_next.ops.routing import route
 from qwen3_next.ops.segments import Segments
 from qwen3_next.ops.snapshots import Snapshots
 
@@ -36,6 +40,7 @@ class Sizes:
     head_width: int
     rotated: int
     columns: ProjectionColumns
+    experts: int
     expert_width: int
     vocabulary: int
 
@@ -53,6 +58,7 @@ TINY = Sizes(
     head_width=16,
     rotated=4,
     columns=ProjectionColumns(key_heads=2, value_heads=4, key_width=16, value_width=16),
+    experts=6,
     expert_width=24,
     vocabulary=200,
 )
@@ -66,6 +72,7 @@ PUBLISHED = Sizes(
     head_width=256,
     rotated=32,
     columns=ProjectionColumns(key_heads=16, value_heads=32, key_width=128, value_width=128),
+    experts=16,
     expert_width=512,
     vocabulary=3000,
 )
@@ -92,7 +99,7 @@ class Sample:
 
 def samples(sizes: Sizes) -> Iterator[Sample]:
     """Every operation that has a twin, each at least once."""
-    for family in (_norms, _rotary, _gates, _convolution, _delta_rule, _delta_net_step, _head):
+    for family in (_norms, _rotary, _gates, _convolution, _delta_rule, _delta_net_step, _fp8, _linear, _experts, _head):
         yield from family(sizes)
 
 
@@ -210,6 +217,72 @@ def _delta_net_step(s: Sizes) -> Iterator[Sample]:
         )
 
 
+def _fp8(s: Sizes) -> Iterator[Sample]:
+    def rows(dtype: torch.dtype) -> tuple[Any, ...]:
+        return (_normal(dtype, s.tokens, s.hidden + 8),)
+
+    def stored(dtype: torch.dtype) -> tuple[Any, ...]:
+        return *_block_fp8(s.hidden, s.hidden + 8), dtype
+
+    yield Sample(operation="quantize_activations", make=rows, run=quantize_activations)
+    yield Sample(operation="quantize_block_fp8", make=rows, run=quantize_block_fp8)
+    yield Sample(operation="dequantize_block_fp8", make=stored, run=dequantize_block_fp8)
+
+
+def _linear(s: Sizes) -> Iterator[Sample]:
+    def make(dtype: torch.dtype, tokens: int) -> tuple[Any, ...]:
+        weight = _normal(dtype, 2 * s.hidden, s.hidden) / s.hidden**0.5
+        return _normal(dtype, tokens, s.hidden), weight, None, _normal(dtype, 2 * s.hidden)
+
+    def make_fp8(dtype: torch.dtype, tokens: int) -> tuple[Any, ...]:
+        return _normal(dtype, tokens, s.hidden), *_block_fp8(2 * s.hidden, s.hidden), _normal(dtype, 2 * s.hidden)
+
+    yield Sample(operation="linear", make=lambda dtype: make(dtype, s.tokens), run=linear, gradients=(0, 1, 3))
+    for tokens in (1, 9, s.tokens):
+        yield Sample(operation="linear", make=lambda dtype, tokens=tokens: make(dtype, tokens), run=linear)
+        yield Sample(operation="linear", make=lambda dtype, tokens=tokens: make_fp8(dtype, tokens), run=linear)
+
+
+def _experts(s: Sizes) -> Iterator[Sample]:
+    sizes, top_k = (s.experts, s.hidden, s.expert_width), 3
+
+    def make_route(dtype: torch.dtype) -> tuple[Any, ...]:
+        # Far apart, so that rounding cannot change which scores are the largest.
+        gate = torch.linspace(-1, 1, s.experts)[:, None] * torch.ones(s.hidden) / s.hidden
+        return (_normal(dtype, s.tokens, s.hidden) + 9).to(dtype), gate.to(dtype), top_k, True
+
+    def make(dtype: torch.dtype, tokens: int) -> tuple[Any, ...]:
+        e, d, f = sizes
+        weights = _normal(dtype, e, 2 * f, d) / d**0.5, _normal(dtype, e, d, f) / f**0.5
+        shared = SharedExpert(weights[0][0, :f], weights[0][0, f:], weights[1][0], _normal(dtype, 1, d) / d**0.5)
+        experts = torch.rand(tokens, e).topk(top_k).indices
+        return _normal(dtype, tokens, d), *weights, _normal(dtype, tokens, top_k), experts, None, shared
+
+    def make_fp8(dtype: torch.dtype, tokens: int) -> tuple[Any, ...]:
+        e, d, f = sizes
+        x, _, _, weights, experts, _, _ = make(dtype, tokens)
+        up, down = _block_fp8(2 * e, f, d), _block_fp8(e, d, f)
+        scales = ExpertScales(up.scale_inv.view(e, -1, up.scale_inv.shape[-1]), down.scale_inv)
+        own = up.scale_inv[0], up.scale_inv[1], down.scale_inv[0]
+        shared = SharedExpert(up.values[0], up.values[1], down.values[0], _normal(dtype, 1, d) / d**0.5, own)
+        return x, up.values.view(e, 2 * f, d), down.values, weights, experts, scales, shared
+
+    yield Sample(operation="route", make=make_route, run=route, gradients=(0, 1))
+    yield Sample(
+        operation="swiglu_experts",
+        make=lambda dtype: make(dtype, s.tokens)[:5],
+        run=swiglu_experts,
+        gradients=(0, 1, 2, 3),
+    )
+    for tokens in (2, s.tokens):
+        for made in (make, make_fp8):
+            yield Sample(
+                operation="swiglu_experts",
+                make=lambda dtype, made=made, tokens=tokens: made(dtype, tokens),
+                run=swiglu_experts,
+            )
+
+
 def _head(s: Sizes) -> Iterator[Sample]:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         hidden, weight = _normal(dtype, s.tokens, s.hidden), _normal(dtype, s.vocabulary, s.hidden)
@@ -236,6 +309,11 @@ def _plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _normal(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(shape).to(dtype)
+
+
+def _block_fp8(*shape: int) -> BlockFp8:
+    """A weight whose products are about as large as what it is multiplied with."""
+    return quantize_block_fp8(torch.randn(shape) / shape[-1] ** 0.5)
 
 
 def _projected(dtype: torch.dtype, s: Sizes, tokens: int | None = None) -> Tensor:
