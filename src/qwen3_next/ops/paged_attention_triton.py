@@ -14,7 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qwen3_next.ops.backend import refuses
-from qwen3_next.ops.common_triton import dot, multiprocessors
+from qwen3_next.ops.common_triton import INTERPRETED, dot, multiprocessors
+from qwen3_next.ops.gate_triton import sigmoid_gate
+from qwen3_next.ops.paged_chunk_cudnn import ROUND, attend_round_chunk, takes_round_chunks
 from qwen3_next.ops.paged_chunk_triton import attend_chunks_
 from qwen3_next.ops.pages import KeyPages
 from qwen3_next.ops.segments import Segments
@@ -22,8 +24,8 @@ from qwen3_next.ops.segments import Segments
 FEW = 8
 """The most new tokens of a sequence that are read about rather than computed."""
 
-TILE = {"BLOCK": 32, "programs": 2, "num_warps": 4, "num_stages": 3}
-"""Keys that are taken at once, and programs of a multiprocessor. For H100 and H200."""
+TILE = {"BLOCK": 64, "num_warps": 8, "num_stages": 3}
+"""Keys that are taken at once. For H100 and H200, one program of heads of 256 on each multiprocessor."""
 
 JOINED = 4_096
 """Elements of the pieces that a program of the second kernel takes at once."""
@@ -60,8 +62,20 @@ def paged_attention(
     if few:
         _attend_few_(output, q, pages, segments, gate, few)
     if segments.max_length > FEW:
-        attend_chunks_(output, q, pages, segments, gate, FEW)
+        _attend_many_(output, q, pages, segments, gate)
     return output
+
+
+def _attend_many_(output: Tensor, q: Tensor, pages: KeyPages, segments: Segments, gate: Tensor | None) -> None:
+    """Fill the rows of all sequences with more than FEW new tokens."""
+    skipped = ROUND if takes_round_chunks(q, pages) else 0
+    if any(count > FEW and not (skipped and count % skipped == 0) for count in segments.lengths):
+        attend_chunks_(output, q, pages, segments, gate, FEW, skipped)
+    for n, (start, count) in enumerate(zip(segments.starts, segments.lengths, strict=True)):
+        if count and skipped and count % skipped == 0:
+            rows = slice(start, start + count)
+            result = attend_round_chunk(q[rows], pages, n)
+            output[rows] = result if gate is None else sigmoid_gate(result, gate[rows])
 
 
 def _attend_few_(
@@ -70,9 +84,9 @@ def _attend_few_(
     """Fill the rows of all sequences with at most FEW new tokens; `few` is the largest number among them."""
     count, heads, width = segments.count, pages.keys.shape[2], q.shape[-1]
     group = q.shape[1] // heads
-    tile = _tile_of(q, pages)
-    shares = max(1, tile.pop("programs") * multiprocessors(q.device) // heads)
-    shares = min(shares, count * pages.table.shape[1])
+    columns = max(16, triton.next_power_of_2(width))
+    shares = multiprocessors(q.device) * max(1, 256 // columns) // heads
+    shares = max(1, min(shares, count * pages.table.shape[1]))
     rows = few * group
     sums = torch.empty(shares + count, heads, rows, width, dtype=torch.float32, device=q.device)
     stats = torch.empty(shares + count, heads, rows, 2, dtype=torch.float32, device=q.device)
@@ -84,22 +98,18 @@ def _attend_few_(
         q, pages.keys, pages.values, pages.table, sums, stats, *where,
         *q.stride()[:2], *pages.keys.stride()[:3], *pages.values.stride()[:3], pages.table.stride(0),
         width**-0.5 * 1.4426950408889634,
-        HEADS=heads, ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=max(16, triton.next_power_of_2(width)),
-        **common, **tile,
+        HEADS=heads, ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=columns, **common, **_tile_of(q, pages),
     )  # fmt: skip
-    padded = triton.next_power_of_2(width)
-    columns = min(padded, 32 if count * few <= 4 else 256)
-    _join_kernel[(count * few, q.shape[1], padded // columns)](
+    part = min(columns, 32 if count * few <= 4 else 256)
+    _join_kernel[(count * few, q.shape[1], columns // part)](
         sums, stats, gate, output, *where, *(gate.stride()[:2] if gate is not None else (0, 0)),
-        HEADS=heads, COLUMNS=columns, PIECES=JOINED // columns, **common, num_warps=4,
+        HEADS=heads, COLUMNS=part, PIECES=JOINED // part, **common, num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 
 def _tile_of(q: Tensor, pages: KeyPages) -> dict[str, int]:
-    tile = dict(TILE)
-    if q.dtype == torch.float32:
-        tile |= {"BLOCK": 16, "programs": 1, "num_stages": 2}
-    return tile | {"BLOCK": min(tile["BLOCK"], pages.page)}
+    block = 16 if q.dtype == torch.float32 else TILE["BLOCK"]
+    return TILE | {"BLOCK": min(block, pages.page)}
 
 
 @triton.jit
@@ -137,6 +147,8 @@ def _pieces_kernel(
     COUNT: tl.constexpr,
 ):  # fmt: skip
     """One share of the pages and one key head; row r is query `r // GROUP` of the group's head `r % GROUP`."""
+    if not INTERPRETED:
+        tl.extra.cuda.gdc_launch_dependents()  # the second kernel may start, and wait for the end of this one
     i_share, i_head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     b_pages = _pages_of(p_lengths, p_cu_seqlens, lengths_stride, count, PAGE, LENGTH, FEW, COUNT)
     b_end = tl.cumsum(b_pages, 0)
@@ -160,15 +172,15 @@ def _pieces_kernel(
             pages = tl.where((new > 0) & (new <= FEW), pages, 0)
         o_token = o_row // GROUP
         is_row = o_token < tl.minimum(new, QUERIES)
+        p_pages = p_table + i_sequence * table_stride
+        low, high = tl.maximum(first - before, 0), tl.minimum(last + 1 - before, pages)
+        next_page = tl.load(p_pages + low, low < high, other=0)  # known a block ahead, so that loads need not wait
         p_row = p_q + (start + o_token).to(tl.int64) * q_stride + (i_head * GROUP + o_row % GROUP) * q_head_stride
         b_q = tl.load(p_row[:, None] + o_column[None, :], is_row[:, None] & in_width[None, :], other=0.0)
         b_seen = tl.where(is_row, length - new + o_token + 1, 0)  # keys that a query may look at
         b_max = tl.full([ROWS], float("-inf"), tl.float32)
         b_sum = tl.zeros([ROWS], tl.float32)
         b_output = tl.zeros([ROWS, COLUMNS], tl.float32)
-        p_pages = p_table + i_sequence * table_stride
-        low, high = tl.maximum(first - before, 0), tl.minimum(last + 1 - before, pages)
-        next_page = tl.load(p_pages + low, low < high, other=0)  # known a block ahead, so that loads need not wait
         for i in range(low * PARTS, high * PARTS):
             page = next_page.to(tl.int64)
             next_page = tl.load(p_pages + tl.minimum((i + 1) // PARTS, high - 1))
@@ -218,6 +230,12 @@ def _join_kernel(
     end = tl.where(pages > 0, (before + pages - 1) // share + i_sequence + 1, first)
     o_column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     in_width = o_column < WIDTH
+    i_row = (start + i_token).to(tl.int64)
+    if p_gate is not None:
+        p_gates = p_gate + i_row * gate_stride + i_head * gate_head_stride
+        b_gate = tl.load(p_gates + o_column, in_width, other=0.0).to(tl.float32)
+    if not INTERPRETED:
+        tl.extra.cuda.gdc_wait()  # from here on the pieces are there
     b_max = tl.full([1], float("-inf"), tl.float32)
     b_sum = tl.zeros([1], tl.float32)
     b_output = tl.zeros([COLUMNS], tl.float32)
@@ -237,10 +255,7 @@ def _join_kernel(
         b_output = b_output * b_rest + tl.sum(b_piece * b_weight[:, None], 0)
         b_max = b_new_max
     b_output = b_output / tl.where(b_sum > 0, b_sum, 1.0)
-    i_row = (start + i_token).to(tl.int64)
     if p_gate is not None:
-        p_gates = p_gate + i_row * gate_stride + i_head * gate_head_stride
-        b_gate = tl.load(p_gates + o_column, in_width, other=0.0).to(tl.float32)
         b_output = b_output / (1.0 + tl.exp(-b_gate))
     p_out = p_output + (i_row * (HEADS * GROUP) + i_head) * WIDTH + o_column
     tl.store(p_out, b_output.to(p_output.dtype.element_ty), in_width)

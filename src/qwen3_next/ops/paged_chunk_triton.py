@@ -15,9 +15,9 @@ TILE = {"ROWS": 128, "BLOCK": 64, "num_warps": 8, "num_stages": 2}
 
 
 def attend_chunks_(
-    output: Tensor, q: Tensor, pages: KeyPages, segments: Segments, gate: Tensor | None, few: int
+    output: Tensor, q: Tensor, pages: KeyPages, segments: Segments, gate: Tensor | None, few: int, skipped: int
 ) -> None:
-    """Fill the rows of all sequences with more than `few` new tokens."""
+    """Fill the rows of all sequences with more than `few` new tokens, but for multiples of `skipped` if that is not 0."""
     heads, width = pages.keys.shape[2], q.shape[-1]
     group = q.shape[1] // heads
     tile = _tile_of(q, pages, group)
@@ -30,7 +30,7 @@ def attend_chunks_(
         pages.lengths.stride(0), *(gate.stride()[:2] if gate is not None else (0, 0)),
         width**-0.5 * 1.4426950408889634,
         HEADS=heads, GROUP=group, TOKENS=tokens, WIDTH=width, COLUMNS=max(16, triton.next_power_of_2(width)),
-        PAGE=pages.page, FEW=few, **tile,
+        PAGE=pages.page, FEW=few, SKIPPED=skipped, **tile,
     )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def _chunk_kernel(
     values_page_stride, values_stride, values_head_stride, table_stride, lengths_stride,
     gate_stride, gate_head_stride, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr,
+    COLUMNS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr, SKIPPED: tl.constexpr,
 ):  # fmt: skip
     """TOKENS new tokens of one sequence and one key head; row r is token `r // GROUP`, head `r % GROUP`."""
     i_part, i_head = count - 1 - tl.program_id(0) // HEADS, tl.program_id(0) % HEADS  # those that see most first
@@ -58,6 +58,9 @@ def _chunk_kernel(
     new = tl.load(p_cu_seqlens + i_sequence + 1) - start
     if new <= FEW:
         return
+    if SKIPPED > 0:
+        if new % SKIPPED == 0:
+            return
     length = tl.load(p_lengths + i_sequence * lengths_stride)
     first = (i_part - tl.load(p_first + i_sequence)) * TOKENS
     o_row, o_column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
@@ -125,13 +128,13 @@ def _load_block(
 @triton.jit
 def _attend(b_q, b_k, b_v, b_max, b_sum, b_output, scale, b_seen, first, MASKED: tl.constexpr):
     """One step of the running softmax (Milakov and Gimelshein 2018, arXiv:1805.02867), in powers of two."""
-    b_score = dot(b_q, tl.trans(b_k)) * scale
+    b_score = dot(b_q, tl.trans(b_k))
     if MASKED:
         o_key = first + tl.arange(0, b_k.shape[0])
         b_score = tl.where(o_key[None, :] < b_seen[:, None], b_score, float("-inf"))
     b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
     b_safe_max = tl.where(b_new_max == float("-inf"), 0.0, b_new_max) if MASKED else b_new_max
-    b_rest = tl.exp2(b_max - b_safe_max)
-    b_weight = tl.exp2(b_score - b_safe_max[:, None])
+    b_rest = tl.exp2((b_max - b_safe_max) * scale)
+    b_weight = tl.exp2(b_score * scale - (b_safe_max * scale)[:, None])
     b_sum = b_sum * b_rest + tl.sum(b_weight, 1)
     return b_new_max, b_sum, dot(b_weight.to(b_v.dtype), b_v, b_output * b_rest[:, None])

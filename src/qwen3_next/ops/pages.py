@@ -27,12 +27,15 @@ class KeyPages:
         table: int32, the pages of each sequence in order; M * page is the most tokens that a sequence may have.
         lengths: int32, the tokens of each sequence including the new ones of this call; 0 marks a null sequence, which
             has no pages, is not written, and whose outputs are zero.
+        known_lengths: the same numbers as host integers where the caller knows them, which lets long prompts be
+            computed faster; those of sequences with few new tokens are not looked at.
     """
 
     keys: Float[Tensor, "P page Hkv Dh"]
     values: Float[Tensor, "P page Hkv Dh"]
     table: Int[Tensor, "N M"]
     lengths: Int[Tensor, "N"]
+    known_lengths: tuple[int, ...] | None = None
 
     @property
     def page(self) -> int:
