@@ -10,7 +10,7 @@ from tests.ops.pages_cases import BATCHES, filled_pages, query_and_gate, widened
 from torch import Tensor
 
 from qwen3_next.errors import BackendError
-from qwen3_next.ops import paged_chunk_cudnn
+from qwen3_next.ops import paged_chunk_cudnn, paged_chunk_triton
 from qwen3_next.ops.backend import Backend, use
 from qwen3_next.ops.paged_attention import paged_attention
 from qwen3_next.ops.pages import KeyPages, write_pages_
@@ -33,9 +33,7 @@ def assert_equals_the_definition(q: Tensor, pages: KeyPages, counts: Sequence[in
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("counts", "lengths"), BATCHES)
-def test_equals_the_definition(
-    counts: list[int], lengths: list[int], dtype: torch.dtype, fresh_seed: int
-) -> None:
+def test_equals_the_definition(counts: list[int], lengths: list[int], dtype: torch.dtype, fresh_seed: int) -> None:
     torch.manual_seed(fresh_seed)
     q, gate = query_and_gate(sum(counts), 6, 16, dtype)
     assert_equals_the_definition(q, filled_pages(lengths, dtype=dtype), counts, gate)
@@ -99,8 +97,9 @@ def test_inputs_stay_and_a_second_run_is_identical(counts: list[int], fresh_seed
 @pytest.mark.parametrize("counts", [[], [0, 0]])
 def test_no_tokens_give_no_output(counts: list[int]) -> None:
     q, gate = query_and_gate(0, 4, 16, torch.float32)
+    pages, segments = filled_pages([5 for _ in counts]), Segments.from_lengths(counts)
     with use("triton"):
-        assert paged_attention(q, filled_pages([5 for _ in counts]), Segments.from_lengths(counts), gate).shape == q.shape
+        assert paged_attention(q, pages, segments, gate).shape == q.shape
 
 
 def test_what_is_not_taken_is_said() -> None:
@@ -162,12 +161,17 @@ def test_parts_are_of_few_sizes() -> None:
 
 
 @pytest.mark.gpu
-def test_round_chunks_beside_other_sequences(fresh_seed: int) -> None:
+def test_round_chunks_beside_other_sequences(monkeypatch: pytest.MonkeyPatch, fresh_seed: int) -> None:
     torch.manual_seed(fresh_seed)
     counts, lengths = [1, 2048, 100, 4096], [500, 2048, 300, 9000]
-    pages = dataclasses.replace(random_pages(lengths, torch.bfloat16), known_lengths=(0, 2048, 300, 9000))
+    assert [paged_chunk_cudnn.is_round(*pair) for pair in zip(counts, lengths, strict=True)] == [False] * 4
+    for module in (paged_chunk_cudnn, paged_chunk_triton):
+        monkeypatch.setattr(module, "WORTH", 4096 * 9000)
+    assert [paged_chunk_cudnn.is_round(*pair) for pair in zip(counts, lengths, strict=True)] == [False] * 3 + [True]
+    pages = dataclasses.replace(random_pages(lengths, torch.bfloat16), known_lengths=(0, 2048, 0, 9000))
     q, gate = query_and_gate(sum(counts), 16, 256, torch.bfloat16)
     assert_equals_the_definition(q, pages, counts, gate)
+    assert_equals_the_definition(q, pages, counts, None)
 
 
 @pytest.mark.gpu

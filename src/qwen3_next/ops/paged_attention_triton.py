@@ -15,8 +15,7 @@ from torch import Tensor
 
 from qwen3_next.ops.backend import refuses
 from qwen3_next.ops.common_triton import INTERPRETED, dot, multiprocessors
-from qwen3_next.ops.gate_triton import sigmoid_gate
-from qwen3_next.ops.paged_chunk_cudnn import ROUND, attend_round_chunk, takes_round_chunks
+from qwen3_next.ops.paged_chunk_cudnn import attend_round_chunk, is_round, takes_round_chunks
 from qwen3_next.ops.paged_chunk_triton import attend_chunks_
 from qwen3_next.ops.pages import KeyPages
 from qwen3_next.ops.segments import Segments
@@ -68,19 +67,17 @@ def paged_attention(
 
 def _attend_many_(output: Tensor, q: Tensor, pages: KeyPages, segments: Segments, gate: Tensor | None) -> None:
     """Fill the rows of all sequences with more than FEW new tokens."""
-    skipped = ROUND if takes_round_chunks(q, pages) else 0
-    if any(count > FEW and not (skipped and count % skipped == 0) for count in segments.lengths):
-        attend_chunks_(output, q, pages, segments, gate, FEW, skipped)
-    for n, (start, count) in enumerate(zip(segments.starts, segments.lengths, strict=True)):
-        if count and skipped and count % skipped == 0:
-            rows = slice(start, start + count)
-            result = attend_round_chunk(q[rows], pages, n)
-            output[rows] = result if gate is None else sigmoid_gate(result, gate[rows])
+    lengths = pages.known_lengths if takes_round_chunks(q, pages) else None
+    by_cudnn = [lengths is not None and is_round(new, lengths[n]) for n, new in enumerate(segments.lengths)]
+    if any(new > FEW and not taken for new, taken in zip(segments.lengths, by_cudnn, strict=True)):
+        attend_chunks_(output, q, pages, segments, gate, FEW, any(by_cudnn))
+    for n in (n for n, taken in enumerate(by_cudnn) if taken):
+        rows = slice(segments.starts[n], segments.starts[n] + segments.lengths[n])
+        result = attend_round_chunk(q[rows], pages, n)
+        torch.mul(result, 1.0 if gate is None else gate[rows].sigmoid(), out=output[rows])
 
 
-def _attend_few_(
-    output: Tensor, q: Tensor, pages: KeyPages, segments: Segments, gate: Tensor | None, few: int
-) -> None:
+def _attend_few_(output: Tensor, q: Tensor, pages: KeyPages, segments: Segments, gate: Tensor | None, few: int) -> None:
     """Fill the rows of all sequences with at most FEW new tokens; `few` is the largest number among them."""
     count, heads, width = segments.count, pages.keys.shape[2], q.shape[-1]
     group = q.shape[1] // heads

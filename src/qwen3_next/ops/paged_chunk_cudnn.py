@@ -14,19 +14,25 @@ from torch import Tensor
 from qwen3_next.ops.attention import PartialAttention, cudnn_attention
 from qwen3_next.ops.pages import KeyPages
 
-ROUND = 2_048
-"""Chunks of a multiple of this many new tokens are taken: what schedulers cut long prompts into, not their ends."""
+ROUND, WORTH = 2_048, 2**27
+"""Chunks of a multiple of this many new tokens are taken, which is what schedulers cut long prompts into, but not their
+ends; and only where new tokens times all tokens are enough to repay the copies. Measured on an H100."""
 
 SMALLEST, LARGEST = 1_024, 65_536
 """Keys of a part."""
 
 
 def takes_round_chunks(q: Float[Tensor, "T H Dh"], pages: KeyPages) -> bool:
-    """Whether sequences with a multiple of ROUND new tokens are for `attend_round_chunk`."""
+    """Whether this machine, for these tensors, has `attend_round_chunk` take sequences that `is_round` says it should."""
     if pages.known_lengths is None or not q.is_cuda or q.dtype == torch.float32 or SMALLEST % pages.page:
         return False
     works = torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(q.device)[0] == 9
     return works and q.shape[-1] in (64, 128, 256) and not torch.cuda.is_current_stream_capturing()
+
+
+def is_round(new: int, length: int) -> bool:
+    """Whether a sequence of this length with so many new tokens is for cuDNN."""
+    return new > 0 and new % ROUND == 0 and new * length >= WORTH
 
 
 def attend_round_chunk(q: Float[Tensor, "C H Dh"], pages: KeyPages, n: int) -> Float[Tensor, "C H Dh"]:
@@ -41,7 +47,7 @@ def attend_round_chunk(q: Float[Tensor, "C H Dh"], pages: KeyPages, n: int) -> F
         keys, values = _keys_of(pages, n, first, first + size)
         result = _joined(result, attend_part(q[None], keys[None], values[None], is_causal=False))
         first += size
-    return result.output[0].to(q.dtype)
+    return result.output[0]
 
 
 def part_sizes(keys: int) -> list[int]:
@@ -72,8 +78,8 @@ def _attend_square(q: Tensor, keys: Tensor, values: Tensor, before: int) -> Part
 
 def _joined(a: PartialAttention, b: PartialAttention) -> PartialAttention:
     """Attention to the keys of both."""
-    share = torch.sigmoid(b.log_sum - a.log_sum)[..., None]
-    return PartialAttention(torch.lerp(a.output.float(), b.output.float(), share), torch.logaddexp(a.log_sum, b.log_sum))
+    share = torch.sigmoid(b.log_sum - a.log_sum)[..., None].to(a.output.dtype)
+    return PartialAttention(torch.lerp(a.output, b.output, share), torch.logaddexp(a.log_sum, b.log_sum))
 
 
 def attend_part(

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen3_next.ops.common_triton import dot
+from qwen3_next.ops.paged_chunk_cudnn import ROUND, WORTH
 from qwen3_next.ops.pages import KeyPages
 from qwen3_next.ops.segments import Segments
 
@@ -15,9 +16,9 @@ TILE = {"ROWS": 128, "BLOCK": 64, "num_warps": 8, "num_stages": 2}
 
 
 def attend_chunks_(
-    output: Tensor, q: Tensor, pages: KeyPages, segments: Segments, gate: Tensor | None, few: int, skipped: int
+    output: Tensor, q: Tensor, pages: KeyPages, segments: Segments, gate: Tensor | None, few: int, is_for_rest: bool
 ) -> None:
-    """Fill the rows of all sequences with more than `few` new tokens, but for multiples of `skipped` if that is not 0."""
+    """Fill the rows of all sequences with more than `few` new tokens, those for cuDNN excepted where it has them."""
     heads, width = pages.keys.shape[2], q.shape[-1]
     group = q.shape[1] // heads
     tile = _tile_of(q, pages, group)
@@ -30,7 +31,7 @@ def attend_chunks_(
         pages.lengths.stride(0), *(gate.stride()[:2] if gate is not None else (0, 0)),
         width**-0.5 * 1.4426950408889634,
         HEADS=heads, GROUP=group, TOKENS=tokens, WIDTH=width, COLUMNS=max(16, triton.next_power_of_2(width)),
-        PAGE=pages.page, FEW=few, SKIPPED=skipped, **tile,
+        PAGE=pages.page, FEW=few, ROUND=ROUND if is_for_rest else 0, WORTH=WORTH, **tile,
     )  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def _chunk_kernel(
     values_page_stride, values_stride, values_head_stride, table_stride, lengths_stride,
     gate_stride, gate_head_stride, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr, SKIPPED: tl.constexpr,
+    COLUMNS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr, ROUND: tl.constexpr, WORTH: tl.constexpr,
 ):  # fmt: skip
     """TOKENS new tokens of one sequence and one key head; row r is token `r // GROUP`, head `r % GROUP`."""
     i_part, i_head = count - 1 - tl.program_id(0) // HEADS, tl.program_id(0) % HEADS  # those that see most first
@@ -58,10 +59,10 @@ def _chunk_kernel(
     new = tl.load(p_cu_seqlens + i_sequence + 1) - start
     if new <= FEW:
         return
-    if SKIPPED > 0:
-        if new % SKIPPED == 0:
-            return
     length = tl.load(p_lengths + i_sequence * lengths_stride)
+    if ROUND > 0:
+        if (new % ROUND == 0) & (new.to(tl.int64) * length >= WORTH):
+            return
     first = (i_part - tl.load(p_first + i_sequence)) * TOKENS
     o_row, o_column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     o_token = first + o_row // GROUP
@@ -83,7 +84,7 @@ def _chunk_kernel(
     p_values += i_head * values_head_stride
     PARTS: tl.constexpr = PAGE // BLOCK
     page = tl.load(p_pages, blocks > 0, other=0)  # known a block ahead, so that loads need not wait
-    for i in range(0, whole):
+    for i in range(whole):
         b_k, b_v = _load_block(
             p_keys, p_values, page, i, keys_page_stride, keys_stride, values_page_stride, values_stride, length,
             WIDTH, COLUMNS, PAGE, BLOCK, False,

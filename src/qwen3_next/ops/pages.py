@@ -18,8 +18,8 @@ class KeyPages:
     """The memory of one attention layer, and where the tokens of N sequences are in it.
 
     Token t of sequence n is row `t % page` of page `table[n, t // page]`. The memory belongs to a layer; table and
-    lengths are the same for all layers of a call. Which page is whose is decided elsewhere: this only follows the table,
-    whose entries behind the last token of a sequence are never looked at.
+    lengths are the same for all layers of a call. Which page is whose is decided elsewhere. What the table says behind
+    the last token of a sequence is never looked at.
 
     Attributes:
         keys: P pages; fp32, fp16 or bf16.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,8 @@ from qwen3_next.ops.gate import sigmoid_gate, swiglu
 from qwen3_next.ops.gated_delta import gated_delta_rule, gated_delta_rule_, gated_delta_rule_recurrent
 from qwen3_next.ops.gated_delta_step import StepState, StepWeights, delta_net_step_
 from qwen3_next.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
+from qwen3_next.ops.paged_attention import paged_attention
+from qwen3_next.ops.pages import PAGE, KeyPages, write_pages_
 from qwen3_next.ops.rotary import apply_rotary, rms_norm_rotary
 from qwen3_next.ops.segments import Segments
 from qwen3_next.ops.snapshots import Snapshots
@@ -92,7 +95,7 @@ class Sample:
 
 def samples(sizes: Sizes) -> Iterator[Sample]:
     """Every operation that has a twin, each at least once."""
-    for family in (_norms, _rotary, _gates, _convolution, _delta_rule, _delta_net_step, _head):
+    for family in (_norms, _rotary, _gates, _convolution, _delta_rule, _delta_net_step, _pages, _head):
         yield from family(sizes)
 
 
@@ -208,6 +211,31 @@ def _delta_net_step(s: Sizes) -> Iterator[Sample]:
             make=lambda dtype, drafts=drafts: make(dtype, drafts),
             run=_on_copies(delta_net_step_, 3),
         )
+
+
+def _pages(s: Sizes) -> Iterator[Sample]:
+    """Prompts that go on from a cache, and a few tokens of each sequence, whose cache may be shorter than that."""
+    few = tuple(min(3, length) for length in s.lengths)
+
+    def memory(dtype: torch.dtype) -> KeyPages:
+        each = 2 + max(s.lengths) // PAGE
+        keys, values = (_normal(dtype, each * len(s.lengths), PAGE, s.kv_heads, s.head_width) for _ in range(2))
+        table = torch.randperm(len(keys), dtype=torch.int32).view(len(s.lengths), each)
+        before = torch.tensor([0, 3, PAGE, PAGE - 1][: len(s.lengths)], dtype=torch.int32)
+        return KeyPages(keys, values, table, before + torch.tensor(s.lengths, dtype=torch.int32))
+
+    def make(dtype: torch.dtype, lengths: tuple[int, ...]) -> tuple[Any, ...]:
+        q, gate = _normal(dtype, sum(lengths), s.heads, 2 * s.head_width).chunk(2, dim=-1)
+        return q, memory(dtype), _segments(lengths), gate
+
+    def make_new(dtype: torch.dtype) -> tuple[Any, ...]:
+        k, v = _normal(dtype, s.tokens, s.kv_heads, 2 * s.head_width).chunk(2, dim=-1)
+        return k, v, memory(dtype), _segments(s.lengths)
+
+    for lengths in (s.lengths, few):
+        make_some = partial(make, lengths=lengths)
+        yield Sample(operation="paged_attention", make=make_some, run=paged_attention)
+    yield Sample(operation="write_pages_", make=make_new, run=_on_copies(write_pages_, 2))
 
 
 def _head(s: Sizes) -> Iterator[Sample]:
