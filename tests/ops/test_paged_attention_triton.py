@@ -39,7 +39,7 @@ def test_equals_the_definition(counts: list[int], lengths: list[int], dtype: tor
     assert_equals_the_definition(q, filled_pages(lengths, dtype=dtype), counts, gate)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "width", "page"), [(4, 4, 16, 16), (8, 1, 40, 32), (3, 1, 8, 64)])
+@pytest.mark.parametrize(("heads", "kv_heads", "width", "page"), [(4, 4, 16, 16), (8, 1, 40, 32), (3, 1, 24, 64)])
 def test_equals_the_definition_in_other_shapes(
     heads: int, kv_heads: int, width: int, page: int, fresh_seed: int
 ) -> None:
@@ -112,6 +112,8 @@ def test_what_is_not_taken_is_said() -> None:
             paged_attention(q.double(), filled_pages([1], dtype=torch.float64), segments)
         with pytest.raises(BackendError, match="pages of 24 tokens"):
             paged_attention(q, filled_pages([1], page=24), segments)
+        with pytest.raises(BackendError, match="no multiple of 16 bytes"):
+            paged_attention(torch.randn(1, 2, 17), filled_pages([1], width=17), segments)
 
 
 PUBLISHED = [

@@ -24,7 +24,9 @@ FEW = 8
 """The most new tokens of a sequence that are read about rather than computed."""
 
 TILE = {"BLOCK": 64, "num_warps": 8, "num_stages": 3}
-"""Keys that are taken at once. For H100 and H200, one program of heads of 256 on each multiprocessor."""
+HIGH_TILE = {"BLOCK": 32, "num_warps": 4, "num_stages": 3}
+"""Keys that are taken at once, also where there are 64 rows or more. For H100 and H200, one program of heads of 256 on
+each multiprocessor."""
 
 JOINED = 4_096
 """Elements of the pieces that a program of the second kernel takes at once."""
@@ -39,7 +41,15 @@ def _refusal(q: Tensor, pages: KeyPages, segments: Segments, gate: Tensor | None
         return f"pages of {pages.page} tokens; 16, 32, 64, ... are taken"
     if q.shape[-1] > 256:
         return "heads wider than 256"
-    return None if pages.keys.stride(-1) == pages.values.stride(-1) == 1 else "the rows of pages have gaps"
+    if q.shape[-1] < 16:
+        return "heads narrower than 16"
+    is_aligned = all(_rows_are_aligned(x) for x in (pages.keys, pages.values))
+    return None if is_aligned else "pages whose rows have gaps or begin where no multiple of 16 bytes is"
+
+
+def _rows_are_aligned(x: Tensor) -> bool:
+    starts = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
+    return x.stride(-1) == 1 and all(start % 16 == 0 for start in starts)
 
 
 @refuses(_refusal)
@@ -81,7 +91,7 @@ def _attend_few_(output: Tensor, q: Tensor, pages: KeyPages, segments: Segments,
     """Fill the rows of all sequences with at most FEW new tokens; `few` is the largest number among them."""
     count, heads, width = segments.count, pages.keys.shape[2], q.shape[-1]
     group = q.shape[1] // heads
-    columns = max(16, triton.next_power_of_2(width))
+    columns, padded_rows = triton.next_power_of_2(width), max(16, triton.next_power_of_2(few * group))
     shares = multiprocessors(q.device) * max(1, 256 // columns) // heads
     shares = max(1, min(shares, count * pages.table.shape[1]))
     rows = few * group
@@ -95,7 +105,7 @@ def _attend_few_(output: Tensor, q: Tensor, pages: KeyPages, segments: Segments,
         q, pages.keys, pages.values, pages.table, sums, stats, *where,
         *q.stride()[:2], *pages.keys.stride()[:3], *pages.values.stride()[:3], pages.table.stride(0),
         width**-0.5 * 1.4426950408889634,
-        HEADS=heads, ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=columns, **common, **_tile_of(q, pages),
+        HEADS=heads, ROWS=padded_rows, COLUMNS=columns, **common, **_tile_of(q, pages, padded_rows),
     )  # fmt: skip
     part = min(columns, 32 if count * few <= 4 else 256)
     _join_kernel[(count * few, q.shape[1], columns // part)](
@@ -104,9 +114,10 @@ def _attend_few_(output: Tensor, q: Tensor, pages: KeyPages, segments: Segments,
     )  # fmt: skip
 
 
-def _tile_of(q: Tensor, pages: KeyPages) -> dict[str, int]:
-    block = 16 if q.dtype == torch.float32 else TILE["BLOCK"]
-    return TILE | {"BLOCK": min(block, pages.page)}
+def _tile_of(q: Tensor, pages: KeyPages, rows: int) -> dict[str, int]:
+    tile = TILE if rows < 64 else HIGH_TILE
+    block = 16 if q.dtype == torch.float32 else tile["BLOCK"]
+    return tile | {"BLOCK": min(block, pages.page)}
 
 
 @triton.jit
@@ -228,9 +239,10 @@ def _join_kernel(
     o_column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     in_width = o_column < WIDTH
     i_row = (start + i_token).to(tl.int64)
+    b_factor = 1.0
     if p_gate is not None:
         p_gates = p_gate + i_row * gate_stride + i_head * gate_head_stride
-        b_gate = tl.load(p_gates + o_column, in_width, other=0.0).to(tl.float32)
+        b_factor = 1.0 / (1.0 + tl.exp(-tl.load(p_gates + o_column, in_width, other=0.0).to(tl.float32)))
     if not INTERPRETED:
         tl.extra.cuda.gdc_wait()  # from here on the pieces are there
     b_max = tl.full([1], float("-inf"), tl.float32)
@@ -251,8 +263,6 @@ def _join_kernel(
         b_sum = b_sum * b_rest + tl.sum(b_piece_sum * b_weight, 0)
         b_output = b_output * b_rest + tl.sum(b_piece * b_weight[:, None], 0)
         b_max = b_new_max
-    b_output = b_output / tl.where(b_sum > 0, b_sum, 1.0)
-    if p_gate is not None:
-        b_output = b_output / (1.0 + tl.exp(-b_gate))
+    b_output = b_output / tl.where(b_sum > 0, b_sum, 1.0) * b_factor
     p_out = p_output + (i_row * (HEADS * GROUP) + i_head) * WIDTH + o_column
     tl.store(p_out, b_output.to(p_output.dtype.element_ty), in_width)

@@ -1,9 +1,9 @@
 """Attention of long round chunks of new tokens over pages by cuDNN, with keys copied out of their pages.
 
-cuDNN is 1.3 to 1.6 times as fast as the kernel of `paged_chunk_triton.py`, but plans every new shape for tens of
+cuDNN is up to 1.4 times as fast as the kernel of `paged_chunk_triton.py`, but plans every new shape for tens of
 milliseconds and knows causal order only from the first key on. So the keys before a chunk are cut into parts whose
-sizes are powers of two, which every query sees all of, and a square at the end, and what the parts give is joined by the
-sums behind their softmaxes. However long sequences become, there is a handful of shapes for each size of chunk.
+sizes are powers of two, which every query sees all of, and a square at the end, and what the parts give is joined by
+the sums behind their softmaxes. However long sequences become, there is a handful of shapes for each size of chunk.
 """
 
 import torch
@@ -23,7 +23,7 @@ SMALLEST, LARGEST = 1_024, 65_536
 
 
 def takes_round_chunks(q: Float[Tensor, "T H Dh"], pages: KeyPages) -> bool:
-    """Whether this machine, for these tensors, has `attend_round_chunk` take sequences that `is_round` says it should."""
+    """Whether `attend_round_chunk` can take sequences of these tensors here; `is_round` says which it should."""
     if pages.known_lengths is None or not q.is_cuda or q.dtype == torch.float32 or SMALLEST % pages.page:
         return False
     works = torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(q.device)[0] == 9
