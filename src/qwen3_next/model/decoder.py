@@ -84,7 +84,7 @@ class DecoderLayer(nn.Module):
     def add_and_transform(
         self, x: Float[Tensor, "T D"], mixed: Float[Tensor, "T D"], experts: Int[Tensor, "T K"] | None = None
     ) -> tuple[Float[Tensor, "T D"], Routing | None]:
-        """The residual stream `x` after the addition of `mixed`, and of what the channel mixer (experts or dense) adds."""
+        """The residual stream `x` with `mixed` added, then what the channel mixer (experts or dense) adds."""
         normed, x = self.post_attention_layernorm(x, mixed)
         update, routing = self.mlp(normed, experts) if isinstance(self.mlp, SparseMoE) else (self.mlp(normed), None)
         return x + update, routing

@@ -2,7 +2,8 @@
 
 The shape alphabet, here and everywhere: T packed tokens, N sequences, D hidden, H / Hkv query / key-value heads and Dh
 their width, Hk / Hv DeltaNet key / value heads and Dk / Dv their widths, C convolution channels and W taps, E experts,
-K experts per token, F expert width, V vocabulary, B rows and S columns of a padded batch.
+K experts per token, F expert width, V vocabulary, B rows and S columns of
+a padded batch, P pages of keys and values, M the most pages of a sequence.
 """
 
 from qwen3_next.ops.attention import attention
@@ -15,6 +16,8 @@ from qwen3_next.ops.gated_delta import gated_delta_rule, gated_delta_rule_, gate
 from qwen3_next.ops.gated_delta_step import StepState, StepWeights, delta_net_step_
 from qwen3_next.ops.linear import linear
 from qwen3_next.ops.norm import AddedNorm, add_rms_norm, gated_rms_norm, rms_norm
+from qwen3_next.ops.paged_attention import paged_attention
+from qwen3_next.ops.pages import KeyPages, write_pages_
 from qwen3_next.ops.quant import (
     ActivationFp8,
     BlockFp8,
@@ -32,6 +35,7 @@ __all__ = [
     "AddedNorm",
     "BlockFp8",
     "ExpertScales",
+    "KeyPages",
     "ProjectionColumns",
     "Routing",
     "Segments",
@@ -53,6 +57,7 @@ __all__ = [
     "linear",
     "linear_argmax",
     "linear_cross_entropy",
+    "paged_attention",
     "quantize_activations",
     "quantize_block_fp8",
     "rms_norm",
@@ -62,4 +67,5 @@ __all__ = [
     "swiglu",
     "swiglu_experts",
     "use",
+    "write_pages_",
 ]
