@@ -6,11 +6,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.errors import InputError
 from qwen3_next.model.cache import AttentionCache, CachedKeys
 from qwen3_next.model.inputs import PackedInputs
-from qwen3_next.model.layers import RotaryRMSNorm, RotaryTables
+from qwen3_next.model.layers import Linear, RotaryRMSNorm, RotaryTables
 from qwen3_next.ops.attention import attention, attention_with_weights, cached_attention, chained_attention
 from qwen3_next.ops.gate import sigmoid_gate
+from qwen3_next.ops.paged_attention import paged_attention
+from qwen3_next.ops.pages import KeyPages, write_pages_
 
 
 class Projections(NamedTuple):
@@ -35,10 +38,10 @@ class GatedAttention(nn.Module):
         width, self.head_dim = config.hidden_size, config.head_dim
         q_size, kv_size = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         bias = config.attention_bias
-        self.q_proj = nn.Linear(width, 2 * q_size, bias=bias)
-        self.k_proj = nn.Linear(width, kv_size, bias=bias)
-        self.v_proj = nn.Linear(width, kv_size, bias=bias)
-        self.o_proj = nn.Linear(q_size, width, bias=bias)
+        self.q_proj = Linear(width, 2 * q_size, bias=bias)
+        self.k_proj = Linear(width, kv_size, bias=bias)
+        self.v_proj = Linear(width, kv_size, bias=bias)
+        self.o_proj = Linear(q_size, width, bias=bias)
         self.q_norm = RotaryRMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RotaryRMSNorm(self.head_dim, config.rms_norm_eps)
 
@@ -47,11 +50,13 @@ class GatedAttention(nn.Module):
         x: Float[Tensor, "T D"],
         inputs: PackedInputs,
         rotary: RotaryTables,
-        cache: AttentionCache | None,
+        cache: AttentionCache | KeyPages | None,
         want_weights: bool = False,
     ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "B H S past_plus_S"] | None]:
         """The mixed tokens and, where wanted, the attention probabilities of the padded rows."""
         p = self.project(x, rotary)
+        if isinstance(cache, KeyPages):
+            return self._attend_pages(p, inputs, cache, want_weights), None
         cached = None if cache is None else cache.append(p.k, p.v)
         if want_weights or self.config._attn_implementation == "eager":
             mixed, weights = self._attend_rows_eagerly(p, inputs, cached)
@@ -83,6 +88,14 @@ class GatedAttention(nn.Module):
         keys, values = tuple(p.k for p in chain), tuple(p.v for p in chain)
         mixed = chained_attention(last.q, keys, values, inputs.segments, self._dropout())
         return self.gate_and_project(mixed, last.gate)
+
+    def _attend_pages(
+        self, p: Projections, inputs: PackedInputs, pages: KeyPages, want_weights: bool
+    ) -> Float[Tensor, "T D"]:
+        if want_weights:
+            raise InputError("attention weights are not computed over pages; use a transformers cache, or none.")
+        write_pages_(p.k, p.v, pages, inputs.segments)
+        return self.o_proj(paged_attention(p.q, pages, inputs.segments, p.gate).flatten(1))
 
     def _attend_cache(self, q: Tensor, inputs: PackedInputs, cached: CachedKeys) -> Tensor:
         rows = inputs.row_view
