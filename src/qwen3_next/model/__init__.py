@@ -19,19 +19,26 @@ if TYPE_CHECKING:
     )
     from qwen3_next.model.inputs import PackedInputs
     from qwen3_next.model.network import PackedOutput, Qwen3NextModel
+    from qwen3_next.model.packed_cache import PackedCache, PackedMemory
     from qwen3_next.model.pretrained import Qwen3NextPreTrainedModel
+    from qwen3_next.model.quantize import quantize_
 
 _DEFINED_IN = {
+    "PackedCache": "packed_cache",
+    "PackedMemory": "packed_cache",
     "PackedInputs": "inputs",
     "PackedOutput": "network",
     "Qwen3NextModel": "network",
     "Qwen3NextPreTrainedModel": "pretrained",
+    "quantize_": "quantize",
 }
 
 __all__ = [
     "Drafts",
+    "PackedCache",
     "PackedInputs",
     "PackedLosses",
+    "PackedMemory",
     "PackedOutput",
     "Qwen3NextCausalLMOutput",
     "Qwen3NextForCausalLM",
@@ -40,6 +47,7 @@ __all__ = [
     "Qwen3NextForTokenClassification",
     "Qwen3NextModel",
     "Qwen3NextPreTrainedModel",
+    "quantize_",
 ]
 
 

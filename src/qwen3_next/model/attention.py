@@ -2,16 +2,18 @@
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.errors import InputError
 from qwen3_next.model.cache import AttentionCache, CachedKeys
 from qwen3_next.model.inputs import PackedInputs
-from qwen3_next.model.layers import RMSNorm, RotaryTables
+from qwen3_next.model.layers import Linear, RotaryRMSNorm, RotaryTables
 from qwen3_next.ops.attention import attention, attention_with_weights, cached_attention, chained_attention
-from qwen3_next.ops.rotary import apply_rotary
+from qwen3_next.ops.gate import sigmoid_gate
+from qwen3_next.ops.paged_attention import paged_attention
+from qwen3_next.ops.pages import KeyPages, write_pages_
 
 
 class Projections(NamedTuple):
@@ -36,23 +38,25 @@ class GatedAttention(nn.Module):
         width, self.head_dim = config.hidden_size, config.head_dim
         q_size, kv_size = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         bias = config.attention_bias
-        self.q_proj = nn.Linear(width, 2 * q_size, bias=bias)
-        self.k_proj = nn.Linear(width, kv_size, bias=bias)
-        self.v_proj = nn.Linear(width, kv_size, bias=bias)
-        self.o_proj = nn.Linear(q_size, width, bias=bias)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.q_proj = Linear(width, 2 * q_size, bias=bias)
+        self.k_proj = Linear(width, kv_size, bias=bias)
+        self.v_proj = Linear(width, kv_size, bias=bias)
+        self.o_proj = Linear(q_size, width, bias=bias)
+        self.q_norm = RotaryRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RotaryRMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(
         self,
         x: Float[Tensor, "T D"],
         inputs: PackedInputs,
         rotary: RotaryTables,
-        cache: AttentionCache | None,
+        cache: AttentionCache | KeyPages | None,
         want_weights: bool = False,
     ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "B H S past_plus_S"] | None]:
         """The mixed tokens and, where wanted, the attention probabilities of the padded rows."""
         p = self.project(x, rotary)
+        if isinstance(cache, KeyPages):
+            return self._attend_pages(p, inputs, cache, want_weights), None
         cached = None if cache is None else cache.append(p.k, p.v)
         if want_weights or self.config._attn_implementation == "eager":
             mixed, weights = self._attend_rows_eagerly(p, inputs, cached)
@@ -68,13 +72,12 @@ class GatedAttention(nn.Module):
         heads = (self.config.num_attention_heads, 2 * self.head_dim)
         kv_heads = (self.config.num_key_value_heads, self.head_dim)
         q, gate = self.q_proj(x).unflatten(-1, heads).chunk(2, dim=-1)
-        q = apply_rotary(self.q_norm(q), *rotary)
-        k = apply_rotary(self.k_norm(self.k_proj(x).unflatten(-1, kv_heads)), *rotary)
-        return Projections(q, k, self.v_proj(x).unflatten(-1, kv_heads), gate)
+        k, v = (projected.unflatten(-1, kv_heads) for projected in (self.k_proj(x), self.v_proj(x)))
+        return Projections(self.q_norm(q, rotary), self.k_norm(k, rotary), v, gate)
 
     def gate_and_project(self, mixed: Float[Tensor, "T H Dh"], gate: Float[Tensor, "T H Dh"]) -> Float[Tensor, "T D"]:
         """What the layer adds to the residual stream."""
-        return self.o_proj((mixed * torch.sigmoid(gate)).flatten(1))
+        return self.o_proj(sigmoid_gate(mixed, gate).flatten(1))
 
     def attend_chain(self, chain: list[Projections], inputs: PackedInputs) -> Float[Tensor, "T D"]:
         """The output of the last step of a draft chain that starts at every token (see `chained_attention`)."""
@@ -85,6 +88,14 @@ class GatedAttention(nn.Module):
         keys, values = tuple(p.k for p in chain), tuple(p.v for p in chain)
         mixed = chained_attention(last.q, keys, values, inputs.segments, self._dropout())
         return self.gate_and_project(mixed, last.gate)
+
+    def _attend_pages(
+        self, p: Projections, inputs: PackedInputs, pages: KeyPages, want_weights: bool
+    ) -> Float[Tensor, "T D"]:
+        if want_weights:
+            raise InputError("attention weights are not computed over pages; use a transformers cache, or none.")
+        write_pages_(p.k, p.v, pages, inputs.segments)
+        return self.o_proj(paged_attention(p.q, pages, inputs.segments, p.gate).flatten(1))
 
     def _attend_cache(self, q: Tensor, inputs: PackedInputs, cached: CachedKeys) -> Tensor:
         rows = inputs.row_view

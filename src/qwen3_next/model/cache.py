@@ -1,7 +1,9 @@
 """What a layer reads from and writes to a cache, and how a transformers `Cache` is made to serve it.
 
-A layer never owns state: it is handed one of the two layer caches below, reads what earlier calls left there and leaves
-what later calls need. Who allocates and frees the memory behind it is not the layer's business.
+A layer never owns state: it is handed one of the layer caches below, reads what earlier calls left there and leaves
+what later calls need. Who allocates and frees the memory behind it is not the layer's business. There are two kinds:
+rows that grow (`AttentionCache`, `DeltaNetCache`), and memory that many sequences share, in which the operations
+themselves read and write (`KeyPages`, `StateSlots`; model/packed_cache.py has it for all layers).
 """
 
 from dataclasses import dataclass
@@ -9,13 +11,16 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.errors import InputError
 from qwen3_next.model.inputs import PackedInputs, PaddedRows
+from qwen3_next.ops.gated_delta_step import StepState
+from qwen3_next.ops.pages import KeyPages
+from qwen3_next.ops.snapshots import Snapshots
 
 
 class CachedKeys(NamedTuple):
@@ -61,14 +66,32 @@ class DeltaNetCache(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class StateSlots:
+    """The states of a Gated DeltaNet layer in slots, and which of them the sequences of a call own.
+
+    Attributes:
+        state: the memory of the layer.
+        slots: int32, of each sequence; negative for a null sequence, which has no state.
+        accepted: int32, how many of the tokens that the last call left pending are now part of each sequence; None
+            where tokens are not drafts. See `delta_net_step_`.
+        snapshots: states inside the new tokens to be copied into further slots.
+    """
+
+    state: StepState
+    slots: Int[Tensor, "N"]
+    accepted: Int[Tensor, "N"] | None = None
+    snapshots: Snapshots | None = None
+
+
 class ModelCache(Protocol):
     """The caches of all layers, for one forward pass."""
 
-    def attention(self, layer: int) -> AttentionCache:
+    def attention(self, layer: int) -> AttentionCache | KeyPages:
         """The cache of an attention layer."""
         ...
 
-    def delta_net(self, layer: int) -> DeltaNetCache:
+    def delta_net(self, layer: int) -> DeltaNetCache | StateSlots:
         """The cache of a Gated DeltaNet layer."""
         ...
 

@@ -10,7 +10,7 @@ from qwen3_next.model.attention import GatedAttention
 from qwen3_next.model.cache import ModelCache
 from qwen3_next.model.delta_net import GatedDeltaNet
 from qwen3_next.model.inputs import PackedInputs
-from qwen3_next.model.layers import DenseMLP, RMSNorm, RotaryTables
+from qwen3_next.model.layers import AddRMSNorm, DenseMLP, RMSNorm, RotaryTables
 from qwen3_next.model.moe import SparseMoE
 from qwen3_next.ops.routing import Routing
 
@@ -53,7 +53,7 @@ class DecoderLayer(nn.Module):
             self.self_attn = GatedAttention(config)
         self.mlp = SparseMoE(config) if sparse else DenseMLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,
@@ -68,11 +68,10 @@ class DecoderLayer(nn.Module):
         """`experts` repeats the routing of an earlier pass over the same tokens."""
         inputs = inputs.to(x.device)
         mixed, weights = self._mix(self.input_layernorm(x), inputs, rotary, cache, want_weights)
-        x = x + mixed
-        update, routing = self.transform_channels(x, experts)
+        x, routing = self.add_and_transform(x, mixed, experts)
         if routing is None:
-            return LayerOutput(x + update, weights)
-        return LayerOutput(x + update, weights, routing.logits, routing.probabilities, routing.weights, routing.experts)
+            return LayerOutput(x, weights)
+        return LayerOutput(x, weights, routing.logits, routing.probabilities, routing.weights, routing.experts)
 
     def _mix(
         self, x: Tensor, inputs: PackedInputs, rotary: RotaryTables, cache: ModelCache | None, want_weights: bool
@@ -82,11 +81,10 @@ class DecoderLayer(nn.Module):
         layer_cache = None if cache is None else cache.attention(self.index)
         return self.self_attn(x, inputs, rotary, layer_cache, want_weights)
 
-    def transform_channels(
-        self, x: Float[Tensor, "T D"], experts: Int[Tensor, "T K"] | None = None
+    def add_and_transform(
+        self, x: Float[Tensor, "T D"], mixed: Float[Tensor, "T D"], experts: Int[Tensor, "T K"] | None = None
     ) -> tuple[Float[Tensor, "T D"], Routing | None]:
-        """The update of the channel mixer (experts or dense) for the residual stream `x`."""
-        normed = self.post_attention_layernorm(x)
-        if isinstance(self.mlp, SparseMoE):
-            return self.mlp(normed, experts)
-        return self.mlp(normed), None
+        """The residual stream `x` with `mixed` added, then what the channel mixer (experts or dense) adds."""
+        normed, x = self.post_attention_layernorm(x, mixed)
+        update, routing = self.mlp(normed, experts) if isinstance(self.mlp, SparseMoE) else (self.mlp(normed), None)
+        return x + update, routing

@@ -1,26 +1,31 @@
 """Gated DeltaNet: a linear-time mixer whose state is one matrix per head."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from qwen3_next.config import Qwen3NextConfig
-from qwen3_next.model.cache import DeltaNetCache, DeltaNetState
+from qwen3_next.model.cache import DeltaNetCache, DeltaNetState, StateSlots
 from qwen3_next.model.inputs import PackedInputs
-from qwen3_next.model.layers import CausalConvolution, GatedRMSNorm
-from qwen3_next.ops.gated_delta import gated_delta_rule
+from qwen3_next.model.layers import CausalConvolution, GatedRMSNorm, Linear
+from qwen3_next.ops.causal_conv import ProjectionColumns, causal_conv_
+from qwen3_next.ops.gated_delta import gated_delta_rule, gated_delta_rule_
+from qwen3_next.ops.gated_delta_step import StepWeights, delta_net_step_
+from qwen3_next.ops.segments import Segments
+
+STEP_TOKENS = 8
+"""Up to this many new tokens of each sequence go through the recurrence one by one; more of them in chunks."""
 
 
-class Projections(NamedTuple):
-    """What the two input projections hold, regrouped."""
-
-    qkv: Float[Tensor, "T C"]
-    z: Float[Tensor, "T Hk Hv/Hk Dv"]
-    b: Float[Tensor, "T Hv"]
-    a: Float[Tensor, "T Hv"]
+def columns_of(config: Qwen3NextConfig) -> ProjectionColumns:
+    """How the rows of `in_proj_qkvz` are laid out."""
+    return ProjectionColumns(
+        config.linear_num_key_heads,
+        config.linear_num_value_heads,
+        config.linear_key_head_dim,
+        config.linear_value_head_dim,
+    )
 
 
 class GatedDeltaNet(nn.Module):
@@ -32,50 +37,56 @@ class GatedDeltaNet(nn.Module):
 
     def __init__(self, config: Qwen3NextConfig) -> None:
         super().__init__()
-        self.key_heads, self.value_heads = config.linear_num_key_heads, config.linear_num_value_heads
-        self.key_width, self.value_width = config.linear_key_head_dim, config.linear_value_head_dim
-        key_size, value_size = self.key_heads * self.key_width, self.value_heads * self.value_width
-        self.in_proj_qkvz = nn.Linear(config.hidden_size, 2 * (key_size + value_size), bias=False)
-        self.in_proj_ba = nn.Linear(config.hidden_size, 2 * self.value_heads, bias=False)
-        self.conv1d = CausalConvolution(2 * key_size + value_size, config.linear_conv_kernel_dim)
+        self.columns = columns_of(config)
+        value_heads, value_size = self.columns.value_heads, self.columns.value_heads * self.columns.value_width
+        self.in_proj_qkvz = Linear(config.hidden_size, self.columns.channels + value_size)
+        self.in_proj_ba = Linear(config.hidden_size, 2 * value_heads)
+        self.conv1d = CausalConvolution(self.columns.channels, config.linear_conv_kernel_dim)
         # Both steer an exponential: bf16 steps of A_log would move a decay by up to 3 %.
-        self.A_log = nn.Parameter(torch.zeros(self.value_heads, dtype=torch.float32))
-        self.dt_bias = nn.Parameter(torch.ones(self.value_heads, dtype=torch.float32))
-        self.norm = GatedRMSNorm(self.value_width, config.rms_norm_eps)
-        self.out_proj = nn.Linear(value_size, config.hidden_size, bias=False)
+        self.A_log = nn.Parameter(torch.zeros(value_heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.ones(value_heads, dtype=torch.float32))
+        self.norm = GatedRMSNorm(self.columns.value_width, config.rms_norm_eps)
+        self.out_proj = Linear(value_size, config.hidden_size)
 
     def forward(
-        self, x: Float[Tensor, "T D"], inputs: PackedInputs, cache: DeltaNetCache | None
+        self, x: Float[Tensor, "T D"], inputs: PackedInputs, cache: DeltaNetCache | StateSlots | None
     ) -> Float[Tensor, "T D"]:
         """The mixed tokens; the cache is read before and written after."""
-        p = self._project(x)
+        qkvz, ba = self.in_proj_qkvz(x), self.in_proj_ba(x)
+        if isinstance(cache, StateSlots):
+            return self.out_proj(self._mix_in_slots(qkvz, ba, inputs.segments, cache))
         before = None if cache is None else cache.read()
-        conv = self.conv1d(p.qkv, inputs.segments, None if before is None else before.conv)
-        log_decay = -self.A_log.float().exp() * F.softplus(p.a + self.dt_bias.float())
-        mixed = gated_delta_rule(
-            *self._heads(conv.output),
-            log_decay,
-            p.b.sigmoid(),
-            inputs.segments,
-            None if before is None else before.recurrent,
-        )
+        conv = self.conv1d(qkvz, inputs.segments, None if before is None else before.conv, self.columns)
+        q, k, v = self.columns.heads(conv.output)
+        log_decay, beta = self._gates(ba)
+        state = None if before is None else before.recurrent
+        mixed = gated_delta_rule(q, k, v, log_decay, beta, inputs.segments, state)
         if cache is not None:
             cache.write(DeltaNetState(conv.final_state, mixed.final_state))
-        return self.out_proj(self.norm(mixed.output.view(p.z.shape), p.z).flatten(1))
+        z = self.columns.gate(qkvz)
+        return self.out_proj(self.norm(mixed.output.view(z.shape), z).flatten(1))
 
-    def _project(self, x: Float[Tensor, "T D"]) -> Projections:
-        """The projections come grouped by key head: [q | k | v of its value heads | z of them], and [b | a]."""
-        per_key = self.value_heads // self.key_heads
-        values = per_key * self.value_width
-        sizes = [self.key_width, self.key_width, values, values]
-        q, k, v, z = self.in_proj_qkvz(x).unflatten(-1, (self.key_heads, sum(sizes))).split(sizes, dim=-1)
-        b, a = self.in_proj_ba(x).unflatten(-1, (self.key_heads, 2 * per_key)).chunk(2, dim=-1)
-        qkv = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], dim=-1)
-        z = z.unflatten(-1, (per_key, self.value_width))
-        return Projections(qkv, z, b.float().flatten(1), a.float().flatten(1))
+    def _gates(self, ba: Float[Tensor, "T 2*Hv"]) -> tuple[Float[Tensor, "T Hv"], Float[Tensor, "T Hv"]]:
+        """log_decay and beta; for each key head `ba` holds [b | a] of its value heads."""
+        b, a = ba.float().unflatten(-1, (self.columns.key_heads, -1)).chunk(2, dim=-1)
+        log_decay = -self.A_log.float().exp() * F.softplus(a.flatten(1) + self.dt_bias.float())
+        return log_decay, b.flatten(1).sigmoid()
 
-    def _heads(self, qkv: Float[Tensor, "T C"]) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values = self.key_heads * self.key_width, self.value_heads * self.value_width
-        q, k, v = qkv.split([keys, keys, values], dim=-1)
-        key_shape, value_shape = (self.key_heads, self.key_width), (self.value_heads, self.value_width)
-        return q.unflatten(-1, key_shape), k.unflatten(-1, key_shape), v.unflatten(-1, value_shape)
+    def _mix_in_slots(
+        self, qkvz: Float[Tensor, "T P"], ba: Float[Tensor, "T 2*Hv"], segments: Segments, cache: StateSlots
+    ) -> Float[Tensor, "T Hv*Dv"]:
+        """The same on states in slots, for inference; where any sequence brings more than a few tokens, in chunks."""
+        state, slots, snapshots = cache.state, cache.slots, cache.snapshots
+        conv, columns = self.conv1d.weight[:, 0], self.columns
+        weights = StepWeights(conv, self.A_log, self.dt_bias, self.norm.weight, self.norm.eps, columns)
+        if segments.max_length <= STEP_TOKENS and snapshots is None:
+            return delta_net_step_(qkvz, ba, weights, state, slots, segments, cache.accepted)
+        if cache.accepted is not None:  # drafts of an earlier call become part of the states before the new tokens do
+            nothing = Segments.uniform(segments.count, 0, segments.device)
+            delta_net_step_(qkvz[:0], ba[:0], weights, state, slots, nothing, cache.accepted)
+        qkv = causal_conv_(qkvz, conv, segments, state.conv, slots, columns, snapshots)
+        q, k, v = columns.heads(qkv)
+        log_decay, beta = self._gates(ba)
+        output = gated_delta_rule_(q, k, v, log_decay, beta, segments, state.recurrent, slots, snapshots)
+        z = columns.gate(qkvz)
+        return self.norm(output.view(z.shape), z).flatten(1)

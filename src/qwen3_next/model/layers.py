@@ -1,16 +1,18 @@
-"""The small modules: norms, the convolution of a DeltaNet layer, the dense SwiGLU layer, the rotary tables."""
+"""The small modules: linear layers, norms, the convolution of a DeltaNet layer, dense SwiGLU, the rotary tables."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config_rope import require_served_rope_type
-from qwen3_next.ops.causal_conv import ConvOutput, causal_conv
-from qwen3_next.ops.norm import gated_rms_norm, rms_norm
+from qwen3_next.ops.causal_conv import ConvOutput, ProjectionColumns, causal_conv
+from qwen3_next.ops.gate import swiglu
+from qwen3_next.ops.linear import linear
+from qwen3_next.ops.norm import AddedNorm, add_rms_norm, gated_rms_norm, rms_norm
 from qwen3_next.ops.rotary import (
     YarnScaling,
+    rms_norm_rotary,
     rotary_frequencies,
     rotary_tables,
     stretched_theta,
@@ -21,21 +23,64 @@ from qwen3_next.ops.segments import Segments
 RotaryTables = tuple[Float[Tensor, "T 1 R"], Float[Tensor, "T 1 R"]]
 
 
-class RMSNorm(nn.Module):
-    """Zero-centred RMS norm: the scale is `1 + weight`, so weight decay pulls it towards 1."""
+class Linear(nn.Linear):
+    """A linear layer whose weight may be block-fp8, as in the published fp8 checkpoints.
+
+    `weight_scale_inv` holds the scales of an e4m3 weight, see `quantize_`; None beside an ordinary one.
+    """
+
+    weight_scale_inv: Float[Tensor, "OB IB"] | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.register_buffer("weight_scale_inv", None)
+
+    def forward(self, input: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
+        """`weight input + bias` for every row of `input`, which torch named."""
+        return linear(input, self.weight, self.weight_scale_inv, self.bias)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether weight and scales are all that a call reads: no hook acts on it, and nothing of it is offloaded."""
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        return not hooks and "forward" not in vars(self) and not self.weight.is_meta
+
+
+class ZeroCentredNorm(nn.Module):
+    """What the RMS norms below share: the scale is `1 + weight`, so weight decay pulls it towards 1."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(size))
         self.eps = eps
 
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class RMSNorm(ZeroCentredNorm):
+    """The norm of each token."""
+
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """The normed and scaled `x`, in its dtype."""
         return rms_norm(x, self.weight, self.eps)
 
-    def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+class AddRMSNorm(ZeroCentredNorm):
+    """The norm of a residual stream to which something is added first."""
+
+    def forward(self, x: Float[Tensor, "*B D"], update: Float[Tensor, "*B D"]) -> AddedNorm:
+        """The normed sum, and the sum itself."""
+        return add_rms_norm(x, update, self.weight, self.eps)
+
+
+class RotaryRMSNorm(ZeroCentredNorm):
+    """The norm of each query or key head, and the rotation after it."""
+
+    def forward(self, x: Float[Tensor, "T H Dh"], rotary: RotaryTables) -> Float[Tensor, "T H Dh"]:
+        """The normed heads, turned to their positions."""
+        return rms_norm_rotary(x, self.weight, self.eps, *rotary)
 
 
 class GatedRMSNorm(nn.Module):
@@ -52,17 +97,21 @@ class GatedRMSNorm(nn.Module):
 
 
 class CausalConvolution(nn.Module):
-    """Depthwise causal convolution and SiLU along each packed sequence."""
+    """Depthwise causal convolution and SiLU along each packed sequence, of some columns of a projection."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
 
     def forward(
-        self, x: Float[Tensor, "T C"], segments: Segments, state: Float[Tensor, "N C W-1"] | None
+        self,
+        x: Float[Tensor, "T P"],
+        segments: Segments,
+        state: Float[Tensor, "N C W-1"] | None,
+        columns: ProjectionColumns,
     ) -> ConvOutput:
         """The convolved tokens, and the inputs that the next call needs; `state` is what an earlier one left."""
-        return causal_conv(x, self.weight[:, 0], segments, state)
+        return causal_conv(x, self.weight[:, 0], segments, state, columns)
 
 
 class DenseMLP(nn.Module):
@@ -70,13 +119,13 @@ class DenseMLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         """What the layer adds to the residual stream."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class RotaryEmbedding(nn.Module):

@@ -5,9 +5,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from qwen3_next.config import Qwen3NextConfig
-from qwen3_next.model.layers import DenseMLP
+from qwen3_next.model.layers import DenseMLP, Linear
 from qwen3_next.model.weights import published_slots
-from qwen3_next.ops.experts import swiglu_experts
+from qwen3_next.ops.experts import ExpertScales, SharedExpert, swiglu_experts
 from qwen3_next.ops.routing import Routing, route
 
 
@@ -25,18 +25,30 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The weights of all experts in two tensors: `gate_up_proj` [E, 2F, D] and `down_proj` [E, D, F]."""
+    """The weights of all experts in two tensors: `gate_up_proj` [E, 2F, D] and `down_proj` [E, D, F].
+
+    Where these are block-fp8, `gate_up_proj_scale_inv` and `down_proj_scale_inv` hold their scales, see `ExpertScales`.
+    """
+
+    gate_up_proj_scale_inv: Float[Tensor, "E 2FB DB"] | None
+    down_proj_scale_inv: Float[Tensor, "E DB FB"] | None
 
     def __init__(self, config: Qwen3NextConfig) -> None:
         super().__init__()
         experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        self.register_buffer("gate_up_proj_scale_inv", None)
+        self.register_buffer("down_proj_scale_inv", None)
         self.register_load_state_dict_pre_hook(_take_single_experts)
 
-    def forward(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
-        """The weighted sum of each token's experts."""
-        return swiglu_experts(x, self.gate_up_proj, self.down_proj, routing.weights, routing.experts)
+    def forward(
+        self, x: Float[Tensor, "T D"], routing: Routing, shared: SharedExpert | None = None
+    ) -> Float[Tensor, "T D"]:
+        """The weighted sum of each token's experts, plus the shared one where it is given."""
+        gate_up, down = self.gate_up_proj_scale_inv, self.down_proj_scale_inv
+        scales = None if gate_up is None or down is None else ExpertScales(gate_up, down)
+        return swiglu_experts(x, self.gate_up_proj, self.down_proj, routing.weights, routing.experts, scales, shared)
 
 
 @torch.no_grad()
@@ -80,12 +92,25 @@ class SparseMoE(nn.Module):
         self.gate = Router(config)
         self.experts = Experts(config)
         self.shared_expert = DenseMLP(config.hidden_size, config.shared_expert_intermediate_size)
-        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+        self.shared_expert_gate = Linear(config.hidden_size, 1)
 
     def forward(
         self, x: Float[Tensor, "T D"], experts: Int[Tensor, "T K"] | None = None
     ) -> tuple[Float[Tensor, "T D"], Routing]:
         """The update and the routing behind it; `experts` repeats a routing made before."""
         routing = self.gate(x, experts)
-        shared = torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
-        return self.experts(x, routing) + shared, routing
+        shared = None if torch.is_grad_enabled() else self._shared_weights()
+        if shared is not None:
+            return self.experts(x, routing, shared), routing
+        update = torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        return self.experts(x, routing) + update, routing
+
+    def _shared_weights(self) -> SharedExpert | None:
+        """The shared expert for one operation with the others; None where its modules do more than multiply."""
+        expert = self.shared_expert
+        gate, up, down, share = expert.gate_proj, expert.up_proj, expert.down_proj, self.shared_expert_gate
+        if type(expert) is not DenseMLP or not all(type(x) is Linear and x.is_plain for x in (gate, up, down, share)):
+            return None
+        scales = [x.weight_scale_inv for x in (gate, up, down) if x.weight_scale_inv is not None]
+        triple = (scales[0], scales[1], scales[2]) if scales else None
+        return SharedExpert(gate.weight, up.weight, down.weight, share.weight, triple)

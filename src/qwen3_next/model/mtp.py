@@ -12,7 +12,7 @@ from qwen3_next.model.attention import Projections
 from qwen3_next.model.cache import ModelCache
 from qwen3_next.model.decoder import DecoderLayer
 from qwen3_next.model.inputs import PackedInputs
-from qwen3_next.model.layers import RMSNorm, RotaryTables
+from qwen3_next.model.layers import Linear, RMSNorm, RotaryTables
 from qwen3_next.ops.cross_entropy import IGNORED
 from qwen3_next.ops.routing import Routing
 from qwen3_next.ops.segments import Segments
@@ -37,7 +37,7 @@ class MultiTokenPredictor(nn.Module):
     def __init__(self, config: Qwen3NextConfig) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.fc = nn.Linear(2 * size, size, bias=False)
+        self.fc = Linear(2 * size, size)
         self.pre_fc_norm_embedding = RMSNorm(size, eps)
         self.pre_fc_norm_hidden = RMSNorm(size, eps)
         self.layers = nn.ModuleList([DecoderLayer(config, "full_attention", 0, sparse=config.num_experts > 0)])
@@ -77,9 +77,8 @@ class MultiTokenPredictor(nn.Module):
         for step, tables in enumerate(rotary):
             x = self._fuse(shift(embeddings, inputs.segments, step + 1), hidden)
             projections.append(layer.self_attn.project(layer.input_layernorm(x), tables))
-            x = x + layer.self_attn.attend_chain(projections, inputs)
-            update, routing = layer.transform_channels(x)
-            hidden = self.norm(x + update)
+            x, routing = layer.add_and_transform(x, layer.self_attn.attend_chain(projections, inputs))
+            hidden = self.norm(x)
             predictions.append(Prediction(hidden, routing))
         return predictions
 

@@ -27,7 +27,7 @@ class PackedOutput:
     Attributes:
         hidden: `[T, D]` after the final norm: what the output head and the MTP layer read.
         embeddings: `[T, D]` what entered the first layer.
-        routings: one per sparse layer, in order.
+        routings: one per sparse layer, in order, where they were wanted.
         stream: the residual stream before each layer in padded rows, where it was wanted.
         attention_weights: the probabilities of each attention layer in padded rows, where they were wanted.
     """
@@ -41,10 +41,14 @@ class PackedOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """Which intermediate results a forward pass shall keep."""
+    """Which intermediate results a forward pass shall keep.
+
+    Those of the router are two numbers per token, expert and layer: a long prompt's are gigabytes that only losses read.
+    """
 
     stream: bool = False
     attention_weights: bool = False
+    routings: bool = True
 
 
 class PackedRun(NamedTuple):
@@ -104,7 +108,7 @@ class Qwen3NextModel(Qwen3NextPreTrainedModel):
                 x = inputs.row_view.pack(stream[-1])
             output = self._run(cast("RecomputableLayer", layer), x, inputs, rotary, cache, wanted.attention_weights)
             x = output.hidden
-            if output.routing is not None:
+            if output.routing is not None and wanted.routings:
                 routings.append(output.routing)
             if output.attention_weights is not None:
                 weights.append(output.attention_weights)

@@ -20,7 +20,7 @@ from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.errors import InputError
 from qwen3_next.model import weights
 from qwen3_next.model.delta_net import GatedDeltaNet
-from qwen3_next.model.layers import CausalConvolution, GatedRMSNorm, RMSNorm, RotaryEmbedding, rotary_settings
+from qwen3_next.model.layers import CausalConvolution, GatedRMSNorm, RotaryEmbedding, ZeroCentredNorm, rotary_settings
 from qwen3_next.model.lazy_tensor import LazyTensor
 from qwen3_next.model.moe import Experts, Router
 
@@ -47,7 +47,7 @@ class Qwen3NextPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if isinstance(module, RMSNorm):
+        if isinstance(module, ZeroCentredNorm):
             init.zeros_(module.weight)
         elif isinstance(module, GatedRMSNorm):
             init.ones_(module.weight)

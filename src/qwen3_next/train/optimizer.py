@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim.adamw import adamw
 
-from qwen3_next.model.layers import RMSNorm
+from qwen3_next.model.layers import ZeroCentredNorm
 from qwen3_next.train.config import OptimizerSettings
 
 _ALWAYS_FP32 = ("A_log", "dt_bias")
@@ -36,7 +36,9 @@ def parameter_groups(model: nn.Module) -> tuple[ParameterGroup, ...]:
     Decay of the norm weights keeps them from growing without bound, which Qwen3-Next introduced for stability.
     """
     zero_centred = {
-        f"{name}.weight" if name else "weight" for name, module in model.named_modules() if isinstance(module, RMSNorm)
+        f"{name}.weight" if name else "weight"
+        for name, module in model.named_modules()
+        if isinstance(module, ZeroCentredNorm)
     }
     names: dict[str, list[str]] = {"matrices": [], "zero_centred_norms": [], "not_decayed": []}
     for name, parameter in model.named_parameters():
