@@ -36,6 +36,10 @@ def is_hopper(device: torch.device) -> bool:
 
 def tiles(x: Tensor, shape: list[int]) -> TensorDescriptor:
     """x as a kernel in Gluon copies it: in tiles of this shape, zeros beyond the borders."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), shape, _tile_layout(tuple(shape), x.dtype))
+
+
+@cache
+def _tile_layout(shape: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     dtypes = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
-    layout = gl.NVMMASharedLayout.get_default_for(shape, dtypes[x.dtype])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), shape, layout)
+    return gl.NVMMASharedLayout.get_default_for(list(shape), dtypes[dtype])

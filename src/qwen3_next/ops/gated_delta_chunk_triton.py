@@ -3,7 +3,7 @@
 docs/gated_delta_rule.md, in its names. Nothing is normalised in memory: 1 / sqrt(|x|^2 + 1e-6) of q and k are scales of
 rows of the products. Shapes: G chunks of at most 64 tokens, `L` = 64; rows beyond a chunk's tokens are zero.
 
-There are two pairs of kernels: one for any widths, dtypes and cards, and one for what the published model has on Hopper.
+There are two pairs of kernels: one for any widths, dtypes and cards, and one for the published model's on Hopper.
 """
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
 # (the four: launches, rounded sizes and loops of kernels, which Triton types as constants or not at all)
