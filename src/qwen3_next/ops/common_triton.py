@@ -6,9 +6,6 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run on the CPU, in Triton's interpreter; it multiplies bf16 bit patterns as if they were integers."""
@@ -32,14 +29,3 @@ def multiprocessors(device: torch.device) -> int:
 def is_hopper(device: torch.device) -> bool:
     """Whether the device runs kernels that are written for the tensor cores of H100 and H200."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-def tiles(x: Tensor, shape: list[int]) -> TensorDescriptor:
-    """x as a kernel in Gluon copies it: in tiles of this shape, zeros beyond the borders."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), shape, _tile_layout(tuple(shape), x.dtype))
-
-
-@cache
-def _tile_layout(shape: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    dtypes = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
-    return gl.NVMMASharedLayout.get_default_for(list(shape), dtypes[dtype])

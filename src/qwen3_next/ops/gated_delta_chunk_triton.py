@@ -6,6 +6,7 @@ rows of the products. Shapes: G chunks of at most 64 tokens, `L` = 64; rows beyo
 There are two pairs of kernels: one for any widths, dtypes and cards, and one for the published model's on Hopper.
 """
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false
 # (the four: launches, rounded sizes and loops of kernels, which Triton types as constants or not at all)
 
 from typing import NamedTuple
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from qwen3_next.ops import gated_delta_solve_hopper_triton as solve_hopper
 from qwen3_next.ops import gated_delta_walk_hopper_triton as walk_hopper
-from qwen3_next.ops.common_triton import dot, is_hopper, tiles
+from qwen3_next.ops.common_triton import dot, is_hopper
 from qwen3_next.ops.gated_delta_scan_triton import load_rows, walk_kernel
+from qwen3_next.ops.gated_delta_walk_hopper_triton import as_tiles
 from qwen3_next.ops.segments import Segments
 from qwen3_next.ops.snapshots import Snapshots
 
@@ -164,7 +166,7 @@ def walk(q: Tensor, k: Tensor, v: Tensor, systems: ChunkSystems, course: Course)
         walk_hopper.walk_kernel[(dv // _HOPPER_COLUMNS, value_heads, sequences)](
             *(_by_chunk(q), _by_chunk(k), _by_chunk(v, _HOPPER_COLUMNS)),
             *(_squares(systems.inverse), _squares(systems.attention)),
-            *(tiles(systems.scales.view(-1), [4 * CHUNK]), tiles(systems.decay.view(-1), [32])),
+            *(as_tiles(systems.scales.view(-1), [4 * CHUNK]), as_tiles(systems.decay.view(-1), [32])),
             *(_by_chunk(output, _HOPPER_COLUMNS), output, *states, *strides),
             BV=_HOPPER_COLUMNS, STAGES=3, num_warps=4, **shape,
         )  # fmt: skip
@@ -191,11 +193,11 @@ def _is_for_hopper(x: Tensor, y: Tensor, width: int) -> bool:
 def _by_chunk(x: Float[Tensor, "T H D"], columns: int | None = None) -> object:
     """A descriptor of the tokens of a chunk in one head, or in some columns of one."""
     rows = x.as_strided((x.shape[0], x.shape[1] * x.shape[2]), (x.stride(0), 1))
-    return tiles(rows, [CHUNK, columns or x.shape[2]])
+    return as_tiles(rows, [CHUNK, columns or x.shape[2]])
 
 
 def _squares(x: Float[Tensor, "G Hv L L"]) -> object:
-    return tiles(x.view(-1, CHUNK), [CHUNK, CHUNK])
+    return as_tiles(x.view(-1, CHUNK), [CHUNK, CHUNK])
 
 
 def _configuration(dk: int, dv: int, dtype: torch.dtype) -> tuple[int, int, int]:

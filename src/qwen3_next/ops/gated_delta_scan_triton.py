@@ -123,7 +123,7 @@ def scan_kernel(
     BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, BS: tl.constexpr,
     SPLIT: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """One piece of a sequence, one value head, BV columns of its state: outputs and the state that leaves.
+    """The walk as the gradient calls it: one piece of a sequence, one value head, BV columns of its state.
 
     SPLIT: the state that enters piece i is `initial[i]`, and only the last piece of a sequence has a state to leave.
     SLOTS: otherwise states are found by the slot of the sequence. Where to write may be None, for what is not wanted.

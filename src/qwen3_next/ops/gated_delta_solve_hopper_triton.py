@@ -5,7 +5,7 @@ come and go by tensor descriptors, all arithmetic is done where the tensor cores
 share a multiprocessor. Equations 3 and 4 of docs/gated_delta_rule.md.
 """
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
-# pyright: reportIndexIssue=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
+# pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -99,7 +99,7 @@ def solve_kernel(
     b_inverse = _invert(b_inverse, system_tile, solved_tile, i_line, i_other, L)
     _leave(inverse, k_tile, b_inverse, i_system * L)
 
-    # Last, because whatever is handed to the tensor cores waits for all stores before it.
+    # Last, because the fences before products are full memory barriers, which wait for stores.
     last = gl.sum(gl.where(o_row == L - 1, sums, 0.0), axis=0)
     survived, left = gl.exp(high), gl.exp((last - sums).to(gl.float32))
     rstd_q, rstd_k = rstd_q_tile.load(flat), rstd_k_tile.load(flat)

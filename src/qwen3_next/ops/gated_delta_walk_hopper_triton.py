@@ -8,8 +8,13 @@ cores while the chain computes what it needs next. In the names of docs/gated_de
 The tiles of a chunk lie in a stage: `ready` says that they have come, `free` that nobody reads them any more.
 """
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
-# pyright: reportIndexIssue=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
+# pyright: reportAssignmentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -19,6 +24,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+
+def as_tiles(x: Tensor, shape: list[int]) -> TensorDescriptor:
+    """x as the kernels for Hopper copy it: in tiles of this shape, zeros beyond the borders."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), shape, _tile_layout(tuple(shape), x.dtype))
+
+
+@cache
+def _tile_layout(shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    dtypes = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+    return gl.NVMMASharedLayout.get_default_for(list(shape), dtypes[dtype])
 
 
 @gluon.jit
