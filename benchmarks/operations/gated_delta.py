@@ -1,6 +1,6 @@
 """The gated delta rule over whole prompts, forward and with its gradients."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,12 +18,12 @@ STATE_BYTES = VALUE_HEADS * WIDTH * WIDTH * 4
 
 
 def cases() -> Iterator[Case]:
-    """One sequence of each length of the targets, and the training step's share."""
+    """One sequence of each length of the targets, and training steps."""
     for tokens, quoted in ((4_096, 450.0), (32_768, 848.0), (131_072, 2_760.0)):
         yield Case(
             operation="gated delta rule",
             shape=f"T={tokens:,}",
-            make=lambda tokens=tokens: _inputs(tokens),
+            make=lambda tokens=tokens: _inputs([tokens], KEY_HEADS),
             ours=_forward,
             definition=_definition(_forward),
             timed_definition=_definition(_forward) if tokens == 4_096 else None,
@@ -33,30 +33,43 @@ def cases() -> Iterator[Case]:
             tolerance=1e-2,
             quoted=("FlashQLA", quoted),
         )
-    tokens, peer = 32_768, _peer()
-    yield Case(
-        operation="gated delta rule with gradients",
-        shape=f"T={tokens:,}",
-        make=lambda: _inputs(tokens),
-        ours=_with_gradients(_forward),
-        definition=_definition(_with_gradients(_forward)),
-        peers={"flash-linear-attention": None if peer is None else _with_gradients(peer)},
-        # Forward, then everything again and the gradient of the output, for one gradient of each input.
-        read_bytes=tokens * (4 * VALUES_PER_TOKEN + 2 * VALUE_HEADS * WIDTH + 16 * VALUE_HEADS) + 2 * STATE_BYTES,
-        written_bytes=tokens * (2 * VALUES_PER_TOKEN + 2 * VALUE_HEADS * WIDTH + 8 * VALUE_HEADS) + 2 * STATE_BYTES,
-        tolerance=2e-2,
-        quoted=("FlashQLA", 3_563.0),
+    # Of one sequence with the published heads, and of a training step of the shipped model: packed documents.
+    yield from map(
+        _gradients_case, (("T=4,096", [4_096], 16), ("T=32,768", [32_768], 16), ("98 x 1,003", [1_003] * 98, 1))
     )
 
 
-def _inputs(tokens: int) -> Inputs:
-    keys, values = KEY_HEADS * WIDTH, VALUE_HEADS * WIDTH
+def _gradients_case(row: tuple[str, list[int], int]) -> Case:
+    shape, lengths, key_heads = row
+    tokens, peer = sum(lengths), _peer()
+    scale = key_heads / KEY_HEADS
+    values, heads = VALUES_PER_TOKEN * scale, VALUE_HEADS * scale
+    states = 2 * len(lengths) * STATE_BYTES * scale
+    return Case(
+        operation="gated delta rule with gradients",
+        shape=shape,
+        make=lambda: _inputs(lengths, key_heads),
+        ours=_with_gradients(_forward),
+        definition=_definition(_with_gradients(_forward)),
+        timed_definition=_definition(_with_gradients(_forward)) if tokens != 32_768 else None,
+        peers={"flash-linear-attention": None if peer is None else _with_gradients(peer)},
+        # Forward, then everything again and the gradient of the output, for one gradient of each input.
+        read_bytes=tokens * (4 * values + 2 * heads * WIDTH + 16 * heads) + states,
+        written_bytes=tokens * (2 * values + 2 * heads * WIDTH + 8 * heads) + states,
+        tolerance=2e-2,
+        quoted=("FlashQLA", 3_563.0) if tokens == 32_768 else None,
+    )
+
+
+def _inputs(lengths: Sequence[int], key_heads: int) -> Inputs:
+    tokens, value_heads = sum(lengths), key_heads * VALUE_HEADS // KEY_HEADS
+    keys, values = key_heads * WIDTH, value_heads * WIDTH
     row = torch.randn(tokens, 2 * keys + values, device="cuda", dtype=torch.bfloat16)
     q, k, v = (x.unflatten(1, (-1, WIDTH)) for x in row.split([keys, keys, values], dim=1))
-    log_decay = -2 * torch.rand(tokens, VALUE_HEADS, device="cuda") ** 3
-    beta = torch.rand(tokens, VALUE_HEADS, device="cuda")
-    state = torch.randn(1, VALUE_HEADS, WIDTH, WIDTH, device="cuda")
-    return q, k, v, log_decay, beta, Segments.from_lengths([tokens], "cuda"), state
+    log_decay = -2 * torch.rand(tokens, value_heads, device="cuda") ** 3
+    beta = torch.rand(tokens, value_heads, device="cuda")
+    state = torch.randn(len(lengths), value_heads, WIDTH, WIDTH, device="cuda")
+    return q, k, v, log_decay, beta, Segments.from_lengths(lengths, "cuda"), state
 
 
 def _forward(*inputs: Any) -> tuple[Tensor, ...]:

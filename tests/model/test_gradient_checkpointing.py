@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from qwen3_next import Qwen3NextForCausalLM, Qwen3NextForSequenceClassification
 from qwen3_next.model import moe
-from qwen3_next.ops.experts import Routing
+from qwen3_next.ops.routing import Routing
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 Gradients = dict[str, Tensor]

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from tests.ops.checks import assert_pure, assert_same_gradients, relative_error
 from torch import Tensor
 
-from qwen3_next.ops.attention import attention, attention_with_weights, cached_attention, causal_mask, chained_attention
+from qwen3_next.ops.attention import (
+    attention,
+    attention_with_weights,
+    cached_attention,
+    causal_mask,
+    chained_attention,
+    cudnn_pays,
+)
 from qwen3_next.ops.segments import Segments
 
 HEADS = [(1, 1), (4, 4), (4, 2), (6, 1)]
@@ -195,3 +202,21 @@ def test_no_tokens_give_no_output(lengths: list[int]) -> None:
     segments = Segments.from_lengths(lengths)
     assert packed(q, k, v, lengths, lengths).shape == q.shape
     assert chained_attention(q, (k,), (v,), segments).shape == q.shape
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[4096], [2048, 2048], [3000], [700, 0, 100, 2300], [300] * 3])
+def test_the_published_sizes_and_their_gradients(lengths: list[int], dtype: torch.dtype) -> None:
+    """By cuDNN, and by torch's FlashAttention where the lengths are not round."""
+    tensors, segments = random_qkv(sum(lengths), sum(lengths), (16, 2), 256, dtype), Segments.from_lengths(lengths)
+    assert cudnn_pays(tensors[0], segments) == (lengths in ([4096], [2048, 2048]))
+    wide = [x.float() for x in tensors]
+    assert relative_error(packed(*tensors, lengths, lengths), packed(*wide, lengths, lengths)) <= 5e-3
+    direction = torch.randn_like(wide[0])
+    results = []
+    for inputs in (tensors, wide):
+        inputs = [x.requires_grad_() for x in inputs]
+        results.append(torch.autograd.grad(packed(*inputs, lengths, lengths), inputs, direction.to(inputs[0].dtype)))
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) <= 6e-3

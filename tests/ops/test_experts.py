@@ -1,16 +1,17 @@
-"""Routing against its definition, grouped experts against a loop over tokens and their experts."""
+"""Grouped experts against a loop over tokens and their experts."""
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tests.ops.checks import assert_pure, assert_same_gradients, relative_error
 from torch import Tensor
 
-from qwen3_next.ops import experts as experts_module
-from qwen3_next.ops.experts import expert_counts, route, swiglu_experts
+from qwen3_next.errors import InputError
+from qwen3_next.ops.experts import ExpertScales, SharedExpert, swiglu_experts
+from qwen3_next.ops.linear import linear
+from qwen3_next.ops.quant import quantize_block_fp8
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 EXPERTS, HIDDEN, WIDTH = 6, 16, 24
@@ -51,49 +52,6 @@ def random_inputs(
     return x, gate_up, down, weights, experts
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 9), st.integers(1, EXPERTS))
-def test_routing_is_a_softmax_over_all_and_the_best_of_it(normalize: bool, tokens: int, top_k: int) -> None:
-    x, gate = torch.randn(tokens, HIDDEN), torch.randn(EXPERTS, HIDDEN)
-    routing = route(x, gate, top_k, normalize)
-    probabilities = (x.double() @ gate.double().T).softmax(-1)
-    weights, experts = probabilities.sort(descending=True)
-    weights = weights[:, :top_k] / (weights[:, :top_k].sum(-1, keepdim=True) if normalize else 1)
-    assert torch.equal(routing.experts, experts[:, :top_k])
-    torch.testing.assert_close(routing.weights.double(), weights, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(routing.probabilities.double(), probabilities, rtol=1e-5, atol=1e-6)
-
-
-def test_bf16_routing_keeps_probabilities_in_fp32_and_rounds_the_weights() -> None:
-    x, gate = torch.randn(50, HIDDEN).bfloat16(), torch.randn(EXPERTS, HIDDEN).bfloat16()
-    routing = route(x, gate, 3, True)
-    assert routing.logits.dtype == routing.weights.dtype == torch.bfloat16
-    assert torch.equal(routing.probabilities, routing.logits.float().softmax(-1))
-    chosen = routing.probabilities.gather(1, routing.experts)
-    assert torch.equal(routing.weights, (chosen / chosen.sum(-1, keepdim=True)).bfloat16())
-
-
-@pytest.mark.parametrize("grad", [True, False])
-def test_a_choice_made_before_is_repeated_with_weights_of_now(grad: bool) -> None:
-    x, gate, given_choice = torch.randn(7, HIDDEN), torch.randn(EXPERTS, HIDDEN), CHOICES["spread"](7)
-    with torch.set_grad_enabled(grad):
-        routing = route(x, gate, 3, True, given_choice)
-        own = route(x, gate, 3, True)
-        again = route(x, gate, 3, True, own.experts)
-    assert torch.equal(routing.experts, given_choice)
-    chosen = (x @ gate.T).softmax(-1).gather(1, given_choice)
-    torch.testing.assert_close(routing.weights, chosen / chosen.sum(-1, keepdim=True))
-    assert torch.equal(own.weights, again.weights)
-
-
-def test_gradients_of_the_weights_reach_every_router_row() -> None:
-    gate = torch.randn(EXPERTS, HIDDEN).requires_grad_()
-    weights = route(torch.randn(5, HIDDEN), gate, 2, False).weights
-    (grad,) = torch.autograd.grad((weights * torch.randn_like(weights)).sum(), gate)
-    assert (grad.abs().amax(1) > 0).all()
-
-
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("tokens", [1, 2, 40, 300])
 @pytest.mark.parametrize("choice", CHOICES)
@@ -106,23 +64,49 @@ def test_experts_equal_a_loop_over_tokens(dtype: torch.dtype, choice: str, token
     assert relative_error(result, token_loop(*inputs)) <= TOLERANCE[dtype]
 
 
-def test_a_handful_of_tokens_on_a_gpu_reads_its_experts_directly(on_device: str) -> None:
-    """The function itself runs on any device; on a GPU it must be what `swiglu_experts` takes."""
-    inputs = random_inputs(3)
-    gathered = experts_module._gathered(*inputs)
-    assert relative_error(gathered, token_loop(*inputs)) < 1e-6
-    if on_device == "cuda":
-        with torch.no_grad():
-            assert torch.equal(swiglu_experts(*inputs), gathered)
+def test_the_shared_expert_is_one_more_that_every_token_uses_with_its_own_share() -> None:
+    x, gate_up, down, weights, experts = random_inputs(11)
+    own_up, own_down = torch.randn(1, 2 * WIDTH, HIDDEN) / HIDDEN**0.5, torch.randn(1, HIDDEN, WIDTH) / WIDTH**0.5
+    shared = SharedExpert(*own_up[0].chunk(2), own_down[0], torch.randn(1, HIDDEN))
+    weights = torch.cat([weights, (x @ shared.share.T).sigmoid()], dim=1)
+    experts = torch.cat([experts, torch.full((11, 1), EXPERTS)], dim=1)
+    expected = token_loop(x, torch.cat([gate_up, own_up]), torch.cat([down, own_down]), weights, experts)
+    result = swiglu_experts(x, gate_up, down, weights[:, :-1], experts[:, :-1], shared=shared)
+    assert relative_error(result, expected) < 1e-6
 
 
-def test_the_grouped_kernel_equals_the_loop(on_device: str) -> None:
-    inputs = random_inputs(70, dtype=torch.bfloat16)
-    if not experts_module._has_grouped_gemm(*inputs[:2]):
-        pytest.skip("needs a GPU of the Hopper generation or later")
-    by_expert, order = inputs[4].flatten().sort(stable=True)
-    grouped = experts_module._grouped(*inputs[:4], by_expert, order)
-    assert relative_error(grouped, token_loop(*inputs)) < 1e-2
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_fp8_experts_are_linear_layers_with_their_scales(tokens: int) -> None:
+    x, _, _, weights, experts = random_inputs(tokens)
+    gate_up, down, scales = fp8_weights()
+    with torch.no_grad():
+        result = swiglu_experts(x, gate_up, down, weights, experts, scales)
+    expected = torch.zeros_like(x)
+    for t, k in product(range(tokens), range(experts.shape[1])):
+        e = int(experts[t, k])
+        sides = zip(gate_up[e].chunk(2), scales.gate_up[e].chunk(2), strict=True)
+        gate, up = (linear(x[t : t + 1], weight, scale) for weight, scale in sides)
+        hidden = gate * gate.sigmoid() * up
+        expected[t] += weights[t, k] * linear(hidden, down[e], scales.down[e])[0]
+    assert relative_error(result, expected) < 1e-2
+
+
+def fp8_weights() -> tuple[Tensor, Tensor, ExpertScales]:
+    _, gate_up, down, _, _ = random_inputs(0)
+    first, second = quantize_block_fp8(gate_up.view(2 * EXPERTS, WIDTH, HIDDEN)), quantize_block_fp8(down)
+    scales = ExpertScales(first.scale_inv.view(EXPERTS, 2, 1), second.scale_inv)
+    return first.values.view(gate_up.shape), second.values, scales
+
+
+def test_fp8_experts_come_with_scales_that_fit_and_others_without() -> None:
+    x, plain_up, plain_down, weights, experts = random_inputs(3)
+    gate_up, down, scales = fp8_weights()
+    with pytest.raises(InputError, match="scales are missing"):
+        swiglu_experts(x, gate_up, down, weights, experts)
+    with pytest.raises(InputError, match="scales are given"):
+        swiglu_experts(x, plain_up, plain_down, weights, experts, scales)
+    with pytest.raises(InputError, match=r"need \[6, 2, 1\] and \[6, 1, 1\]"):
+        swiglu_experts(x, gate_up, down, weights, experts, ExpertScales(scales.down, scales.down))
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -163,14 +147,6 @@ def test_the_order_of_the_tokens_does_not_matter(tokens: int) -> None:
     assert (
         relative_error(swiglu_experts(x[shuffled], gate_up, down, weights[shuffled], experts[shuffled]), result) < 1e-6
     )
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 30))
-def test_counts_are_how_often_each_expert_was_chosen(tokens: int) -> None:
-    experts = CHOICES["spread"](tokens)
-    expected = [(experts == e).sum().item() for e in range(EXPERTS)]
-    assert expert_counts(experts, EXPERTS).tolist() == expected
 
 
 @pytest.mark.parametrize("tokens", [1, 25])

@@ -4,27 +4,29 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from tests.ops.checks import TOLERANCES, relative_error
+from tests.ops.checks import relative_error, tolerance
 from torch import Tensor
 
+from qwen3_next.errors import BackendError
 from qwen3_next.ops.backend import use
 from qwen3_next.ops.gated_delta import GatedDeltaOutput, gated_delta_rule, gated_delta_rule_recurrent
 from qwen3_next.ops.gated_delta_chunk_triton import solve_chunks
 from qwen3_next.ops.gated_delta_grad_triton import gated_delta_backward
 from qwen3_next.ops.segments import Segments
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="refused on a GPU: Triton 3.6 compiles them wrongly")
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EXACT = TOLERANCES["gated_delta_rule", "float32"][1]
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+WIDTHS, DTYPE = ((128, 128), torch.bfloat16) if ON_GPU else ((8, 12), torch.float32)
+"""A GPU takes gradients of wide heads in half precision alone; the interpreter takes all, and is slow."""
+EXACT = tolerance("gated_delta_rule", DTYPE)[1]
 NAMES = ("q", "k", "v", "log_decay", "beta", "initial_state")
 
 
 def random_inputs(
     lengths: Sequence[int],
     heads: tuple[int, int] = (1, 2),
-    widths: tuple[int, int] = (8, 12),
-    dtype: torch.dtype = torch.float32,
+    widths: tuple[int, int] = WIDTHS,
+    dtype: torch.dtype = DTYPE,
 ) -> list[Tensor]:
     """q, k, v (columns of wider rows, as the convolution leaves them), log_decay, beta and initial states."""
     (key_heads, value_heads), (dk, dv), tokens = heads, widths, sum(lengths)
@@ -38,7 +40,8 @@ def random_inputs(
 
 
 def random_directions(inputs: list[Tensor]) -> GatedDeltaOutput:
-    return GatedDeltaOutput(torch.randn_like(inputs[2]), torch.randn_like(inputs[5]))
+    """Small for the state: the gradient of a decay has a sum over all of it, of which bf16 keeps little near 0."""
+    return GatedDeltaOutput(torch.randn_like(inputs[2]), torch.randn_like(inputs[5]) / 10)
 
 
 def forward(rule: Callable[..., GatedDeltaOutput], inputs: list[Tensor], lengths: Sequence[int]) -> GatedDeltaOutput:
@@ -67,7 +70,7 @@ def expected_gradients(
     return list(grads)
 
 
-def assert_equals_the_recurrence(inputs: list[Tensor], lengths: Sequence[int], tolerance: float = EXACT) -> None:
+def assert_equals_the_recurrence(inputs: list[Tensor], lengths: Sequence[int], largest: float = EXACT) -> None:
     directions = random_directions(inputs)
     grads = gradients(inputs, lengths, directions)
     expected = expected_gradients(inputs, lengths, directions)
@@ -77,7 +80,7 @@ def assert_equals_the_recurrence(inputs: list[Tensor], lengths: Sequence[int], t
         assert grad.dtype == x.dtype, name
         assert grad.isfinite().all(), name
         small = max(grad.double().norm().item(), other.norm().item()) <= scale
-        assert small or relative_error(grad, other) <= tolerance, (name, relative_error(grad, other))
+        assert small or relative_error(grad, other) <= largest, (name, relative_error(grad, other))
 
 
 @pytest.mark.parametrize("lengths", [[0, 1, 63, 64, 65, 130], [5, 0, 0], [1] * 3])
@@ -86,8 +89,9 @@ def test_packed_sequences_of_any_length(fresh_seed: int, lengths: list[int]) -> 
     assert_equals_the_recurrence(random_inputs(lengths), lengths)
 
 
+@pytest.mark.parametrize("heads", [(1, 1), (2, 2), (1, 3), (2, 4)])
 @pytest.mark.parametrize(
-    ("heads", "widths"), [((1, 1), (16, 16)), ((2, 2), (20, 5)), ((1, 3), (5, 70)), ((2, 4), (40, 33))]
+    "widths", [(64, 64), (64, 128), (128, 64), (128, 128)] if ON_GPU else [(16, 16), (20, 5), (5, 70)]
 )
 def test_any_heads_and_widths(fresh_seed: int, heads: tuple[int, int], widths: tuple[int, int]) -> None:
     torch.manual_seed(fresh_seed)
@@ -98,8 +102,8 @@ def test_any_heads_and_widths(fresh_seed: int, heads: tuple[int, int], widths: t
 def test_half_precision(fresh_seed: int, dtype: torch.dtype) -> None:
     """The interpreter truncates to bf16 where a GPU rounds, so that its error is twice as large."""
     torch.manual_seed(fresh_seed)
-    inputs = random_inputs([70, 3], (1, 2), (32, 32), dtype)
-    assert_equals_the_recurrence(inputs, [70, 3], TOLERANCES["gated_delta_rule", str(dtype).removeprefix("torch.")][1])
+    inputs = random_inputs([70, 3], (1, 2), (64, 64) if ON_GPU else (32, 32), dtype)
+    assert_equals_the_recurrence(inputs, [70, 3], tolerance("gated_delta_rule", dtype)[1])
 
 
 @pytest.mark.parametrize(("beta", "repeated"), [(0.0, False), (1.0, False), (1.0, True)])
@@ -107,10 +111,14 @@ def test_half_precision(fresh_seed: int, dtype: torch.dtype) -> None:
 def test_extremes(fresh_seed: int, beta: float, repeated: bool, decays: list[float]) -> None:
     """Forgetting all, nothing, and both in turn; writing nothing and everything; the same key throughout."""
     torch.manual_seed(fresh_seed)
-    q, k, v, _, _, state = random_inputs([70], (1, 1))
-    log_decay = torch.tensor(decays, device=DEVICE).repeat(70)[:70, None]
+    lengths, heads = ([70] * 8, (2, 4)) if ON_GPU else ([70], (1, 1))
+    q, k, v, log_decay, _, state = random_inputs(lengths, heads)
+    log_decay = torch.tensor(decays, device=DEVICE).repeat(len(v))[: len(v), None].expand_as(log_decay)
     k = torch.ones_like(k) if repeated else k
-    assert_equals_the_recurrence([q, k, v, log_decay, torch.full_like(log_decay, beta), state], [70])
+    inputs = [q, k, v, log_decay, torch.full_like(log_decay, beta), state]
+    # With one key throughout, each token replaces what those before it wrote: of the gradient of their decays only the
+    # rounding of half precision remains, beside what the entering state gives.
+    assert_equals_the_recurrence(inputs, lengths, 5 * EXACT if repeated and ON_GPU else EXACT)
 
 
 @pytest.mark.parametrize("present", ["output", "final_state"])
@@ -190,6 +198,19 @@ def test_systems_that_the_forward_pass_kept_are_used(fresh_seed: int) -> None:
     assert not spoilt.v.any()
 
 
+def test_inputs_that_start_at_any_address(fresh_seed: int) -> None:
+    torch.manual_seed(fresh_seed)
+    inputs, segments = random_inputs([67]), Segments.from_lengths([67], DEVICE)
+    tensors = [*inputs, *random_directions(inputs)]
+    shifted = [x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x) for x in tensors]
+    systems = solve_chunks(*inputs[:2], *inputs[3:5], segments)
+    grads, expected = (gated_delta_backward(*x[:5], segments, *x[5:], systems=systems) for x in (shifted, tensors))
+    for grad, other in zip(grads, expected, strict=True):
+        assert grad is not None
+        assert other is not None
+        assert relative_error(grad, other) <= EXACT
+
+
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("lengths", [[70, 3, 66], [64, 64, 64]])
 def test_a_broken_sequence_does_not_leak(fresh_seed: int, lengths: list[int]) -> None:
@@ -209,29 +230,47 @@ def test_a_broken_sequence_does_not_leak(fresh_seed: int, lengths: list[int]) ->
     [
         ([4097], (16, 32), (128, 128)),
         ([1000, 37, 0, 2011, 1, 1047], (16, 32), (128, 128)),
+        ([997] * 40, (1, 2), (128, 128)),
         ([997] * 40, (1, 2), (64, 128)),
         ([997] * 40, (2, 4), (64, 64)),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_state", [True, False])
 def test_heads_of_published_and_trained_models(
-    fresh_seed: int, lengths: list[int], heads: tuple[int, int], widths: tuple[int, int], dtype: torch.dtype
+    fresh_seed: int,
+    lengths: list[int],
+    heads: tuple[int, int],
+    widths: tuple[int, int],
+    dtype: torch.dtype,
+    with_state: bool,
 ) -> None:
     torch.manual_seed(fresh_seed)
-    inputs = random_inputs(lengths, heads, widths, dtype)
-    directions = random_directions(inputs)
-    grads = gradients(inputs, lengths, directions)
-    expected = expected_gradients(inputs, lengths, directions, gated_delta_rule)
-    tolerance = TOLERANCES["gated_delta_rule", str(dtype).removeprefix("torch.")][1]
-    for name, grad, other in zip(NAMES, grads, expected, strict=True):
-        assert relative_error(grad, other) <= tolerance, (name, relative_error(grad, other))
+    inputs = random_inputs(lengths, heads, widths, dtype)[: 6 if with_state else 5]
+    found, expected = [x.detach().requires_grad_() for x in inputs], [x.double().requires_grad_() for x in inputs]
+    with use("triton"):
+        output = forward(gated_delta_rule, found, lengths).output
+    with use("reference"):
+        exact = forward(gated_delta_rule, expected, lengths).output
+    direction = torch.randn_like(output)
+    grads = torch.autograd.grad(output, found, direction)
+    for name, grad, other in zip(NAMES, grads, torch.autograd.grad(exact, expected, direction.double()), strict=False):
+        error = relative_error(grad, other)
+        assert error <= tolerance("gated_delta_rule", dtype)[1], (name, error)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("widths", [(256, 256), (64, 256), (256, 64)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_wide_heads(fresh_seed: int, widths: tuple[int, int], dtype: torch.dtype) -> None:
-    torch.manual_seed(fresh_seed)
-    inputs = random_inputs([70, 130], (2, 4), widths, dtype)
-    tolerance = TOLERANCES["gated_delta_rule", str(dtype).removeprefix("torch.")][1]
-    assert_equals_the_recurrence(inputs, [70, 130], tolerance)
+@pytest.mark.parametrize(
+    ("widths", "dtype"),
+    [
+        ((256, 128), torch.bfloat16),
+        ((128, 32), torch.bfloat16),
+        ((96, 64), torch.float16),
+        ((128, 128), torch.float32),
+    ],
+)
+def test_what_was_not_found_right_on_a_card_is_refused_there(widths: tuple[int, int], dtype: torch.dtype) -> None:
+    inputs = random_inputs([3], (1, 2), widths, dtype)
+    inputs[2].requires_grad_()
+    with use("triton"), pytest.raises(BackendError, match="gradients"):
+        forward(gated_delta_rule, inputs, [3])

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen3_next.ops.experts import Routing, expert_counts, route
 from qwen3_next.ops.load_balance import load_balancing_loss, load_balancing_loss_of
+from qwen3_next.ops.routing import Routing, expert_counts, route
 
 EXPERTS, TOP_K = 8, 2
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from qwen3_next import Qwen3NextForCausalLM
 from qwen3_next.model import PackedLosses
 from qwen3_next.ops.cross_entropy import IGNORED
-from qwen3_next.ops.experts import Routing
+from qwen3_next.ops.routing import Routing
 from qwen3_next.train.config import OptimizerSettings
 from qwen3_next.train.data import Cursor, PackedBatch
 from qwen3_next.train.loss import BatchLoss, LoadBuffer, LossWeights, Window, batch_loss, count_load

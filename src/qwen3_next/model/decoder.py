@@ -12,7 +12,7 @@ from qwen3_next.model.delta_net import GatedDeltaNet
 from qwen3_next.model.inputs import PackedInputs
 from qwen3_next.model.layers import DenseMLP, RMSNorm, RotaryTables
 from qwen3_next.model.moe import SparseMoE
-from qwen3_next.ops.experts import Routing
+from qwen3_next.ops.routing import Routing
 
 
 class LayerOutput(NamedTuple):

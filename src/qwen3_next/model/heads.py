@@ -25,8 +25,8 @@ from qwen3_next.model.mtp import MultiTokenPredictor, Prediction, shift, targets
 from qwen3_next.model.network import PackedRun, Qwen3NextModel
 from qwen3_next.model.pretrained import Qwen3NextPreTrainedModel
 from qwen3_next.ops.cross_entropy import IGNORED, linear_cross_entropy
-from qwen3_next.ops.experts import Routing
 from qwen3_next.ops.load_balance import load_balancing_loss_of
+from qwen3_next.ops.routing import Routing
 
 
 @dataclass(frozen=True, eq=False)

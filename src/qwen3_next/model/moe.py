@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.model.layers import DenseMLP
 from qwen3_next.model.weights import published_slots
-from qwen3_next.ops.experts import Routing, route, swiglu_experts
+from qwen3_next.ops.experts import swiglu_experts
+from qwen3_next.ops.routing import Routing, route
 
 
 class Router(nn.Module):

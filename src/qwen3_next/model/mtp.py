@@ -14,7 +14,7 @@ from qwen3_next.model.decoder import DecoderLayer
 from qwen3_next.model.inputs import PackedInputs
 from qwen3_next.model.layers import RMSNorm, RotaryTables
 from qwen3_next.ops.cross_entropy import IGNORED
-from qwen3_next.ops.experts import Routing
+from qwen3_next.ops.routing import Routing
 from qwen3_next.ops.segments import Segments
 
 

@@ -17,7 +17,7 @@ from qwen3_next.model.decoder import DecoderLayer, LayerOutput
 from qwen3_next.model.inputs import PackedInputs, PaddedRows, pack_rows, refuse_other_documents
 from qwen3_next.model.layers import RMSNorm, RotaryEmbedding, RotaryTables
 from qwen3_next.model.pretrained import Qwen3NextPreTrainedModel
-from qwen3_next.ops.experts import Routing
+from qwen3_next.ops.routing import Routing
 
 
 @dataclass(frozen=True, eq=False)

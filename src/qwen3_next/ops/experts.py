@@ -1,100 +1,140 @@
-"""The mixture of small experts: routing, grouped SwiGLU, weighted sum."""
+"""The mixture of small experts: grouped SwiGLU, weighted sum, and the expert that every token uses."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_GATHER_LIMIT = 32
-"""Up to this many (token, expert) pairs on a GPU, reading each pair's expert alone beats the grouped kernels."""
+from qwen3_next.errors import InputError
+from qwen3_next.ops.backend import accelerated
+from qwen3_next.ops.gate import swiglu
+from qwen3_next.ops.linear import linear
+from qwen3_next.ops.quant import block_scale_shape
+
+ExpertFunction = Callable[[Tensor, int], Tensor]
+"""Maps the rows of an expert, with its number, to its outputs."""
 
 _FEW_PAIRS = 256
 """Up to this many pairs one concatenation costs less than an addition per expert."""
 
-_ALIGNMENT = 8
-"""The grouped kernel wants rows of whole 16 bytes."""
 
-
-@dataclass(frozen=True, eq=False)
-class Routing:
-    """Where each token goes.
+class ExpertScales(NamedTuple):
+    """The scales of experts whose weights are block-fp8, see `dequantize_block_fp8`.
 
     Attributes:
-        logits: `[T, E]` scores of the router, in the model's dtype.
-        probabilities: `[T, E]` their softmax over all experts, fp32.
-        weights: `[T, K]` share of each chosen expert in the output, in the dtype of the logits.
-        experts: `[T, K]` indices of the chosen experts.
+        gate_up: `[E, 2 * ceil(F / 128), ceil(D / 128)]`, the blocks of the gate, then those of the up projection.
+        down: `[E, ceil(D / 128), ceil(F / 128)]`.
     """
 
-    logits: Float[Tensor, "T E"]
-    probabilities: Float[Tensor, "T E"]
-    weights: Float[Tensor, "T K"]
-    experts: Int[Tensor, "T K"]
+    gate_up: Float[Tensor, "E 2FB DB"]
+    down: Float[Tensor, "E DB FB"]
 
 
-def route(
-    x: Float[Tensor, "T D"],
-    gate_weight: Float[Tensor, "E D"],
-    top_k: int,
-    normalize: bool,
-    experts: Int[Tensor, "T K"] | None = None,
-) -> Routing:
-    """Choose `top_k` experts per token by the softmax of a linear score over all of them.
+class SharedExpert(NamedTuple):
+    """The expert that every token uses, with the share `sigmoid(share x)`.
 
-    Args:
-        normalize: divide the chosen probabilities by their sum.
-        experts: a choice made before, to be repeated; only its weights are computed anew. A recomputed forward pass
-            hands it in, so that rounding cannot send a token elsewhere than in the first pass.
-
-    (Shazeer et al. 2017, arXiv:1701.06538, eq. 3-5, with softmax before the choice as Qwen's models have it.)
+    Attributes:
+        gate_proj, up_proj: `[F, D]`.
+        down_proj: `[D, F]`.
+        share: `[1, D]`.
+        scales: of block-fp8 weights, in the order gate, up, down; None of ordinary ones.
     """
-    logits = F.linear(x, gate_weight)
-    probabilities = logits.softmax(dim=-1, dtype=torch.float32)
-    if experts is None and not torch.is_grad_enabled():
-        weights, experts = probabilities.topk(top_k, dim=-1)
-    else:
-        # Gathered in either case: a recomputation has to save the very tensors that the first pass saved.
-        experts = probabilities.detach().topk(top_k, dim=-1).indices if experts is None else experts
-        weights = probabilities.gather(-1, experts)
-    if normalize:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return Routing(logits, probabilities, weights.to(logits.dtype), experts)
+
+    gate_proj: Float[Tensor, "F D"]
+    up_proj: Float[Tensor, "F D"]
+    down_proj: Float[Tensor, "D F"]
+    share: Float[Tensor, "1 D"]
+    scales: tuple[Tensor, Tensor, Tensor] | None = None
 
 
+@accelerated("experts_triton")
 def swiglu_experts(
     x: Float[Tensor, "T D"],
     gate_up_proj: Float[Tensor, "E 2F D"],
     down_proj: Float[Tensor, "E D F"],
     weights: Float[Tensor, "T K"],
     experts: Int[Tensor, "T K"],
+    scales: ExpertScales | None = None,
+    shared: SharedExpert | None = None,
 ) -> Float[Tensor, "T D"]:
-    """`sum_k weights_k down_k(silu(gate_k x) * up_k x)` over the K chosen experts of each token.
+    """`sum_k weights_k down_k(silu(gate_k x) * up_k x)` over the K chosen experts of each token, and the shared one.
 
     Rows 0..F-1 of an expert's `gate_up_proj` are its gate, rows F..2F-1 its up projection. (Shazeer 2020,
-    arXiv:2002.05202, eq. 6 for SwiGLU.) Tokens are sorted by expert so that each expert is one matrix product; a
-    handful of tokens on a GPU reads each chosen expert directly instead.
+    arXiv:2002.05202, eq. 6 for SwiGLU; Dai et al. 2024, arXiv:2401.06066, section 3.2, for the shared expert, whose
+    share is Qwen's.) Tokens are sorted by expert so that each expert is one matrix product.
+
+    Args:
+        scales: of e4m3 weights; what is multiplied with those is rounded as in `linear`, and there is no gradient.
+        shared: added with its share where it is given; it has the same hidden width F or another.
+
+    Raises:
+        InputError: e4m3 weights without scales, or scales that do not fit.
     """
+    check_experts(gate_up_proj, down_proj, scales)
+    update = _chosen(x, gate_up_proj, down_proj, weights, experts, scales)
+    return update if shared is None else update + shared_update(x, shared)
+
+
+def shared_update(x: Float[Tensor, "T D"], shared: SharedExpert) -> Float[Tensor, "T D"]:
+    """`sigmoid(share x) down(silu(gate x) * up x)`."""
+    return torch.sigmoid(F.linear(x, shared.share)) * shared_output(x, shared)
+
+
+def shared_output(x: Float[Tensor, "T D"], shared: SharedExpert) -> Float[Tensor, "T D"]:
+    """`down(silu(gate x) * up x)`."""
+    gate, up, down = (None, None, None) if shared.scales is None else shared.scales
+    hidden = swiglu(linear(x, shared.gate_proj, gate), linear(x, shared.up_proj, up))
+    return linear(hidden, shared.down_proj, down)
+
+
+def check_experts(gate_up_proj: Tensor, down_proj: Tensor, scales: ExpertScales | None) -> None:
+    """That e4m3 weights come with scales of the right shape, and others without.
+
+    Raises:
+        InputError: otherwise.
+    """
+    quantized = [w.dtype == torch.float8_e4m3fn for w in (gate_up_proj, down_proj)]
+    if any(quantized) != (scales is not None) or any(quantized) != all(quantized):
+        raise InputError(
+            f"gate_up_proj is {gate_up_proj.dtype}, down_proj {down_proj.dtype} and scales are "
+            f"{'missing' if scales is None else 'given'}; both projections are e4m3 with scales, or neither."
+        )
+    if scales is None:
+        return
+    count, hidden, width = down_proj.shape
+    rows, columns = block_scale_shape((hidden, width))
+    gate_up, down = (count, 2 * columns, rows), (count, rows, columns)
+    if (scales.gate_up.shape, scales.down.shape) != (gate_up, down):
+        raise InputError(
+            f"the scales have the shapes {list(scales.gate_up.shape)} and {list(scales.down.shape)}; these experts "
+            f"need {list(gate_up)} and {list(down)}."
+        )
+
+
+def _chosen(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weights: Tensor, experts: Tensor, scales: ExpertScales | None
+) -> Tensor:
     if experts.numel() == 0:
         return x * 0
-    if x.is_cuda and experts.numel() <= _GATHER_LIMIT and not torch.is_grad_enabled():
-        return _gathered(x, gate_up_proj, down_proj, weights, experts)
     by_expert, order = experts.flatten().sort(stable=True)
-    if _has_grouped_gemm(x, gate_up_proj):
-        return _grouped(x, gate_up_proj, down_proj, weights, by_expert, order)
     hit, sizes = (found.tolist() for found in by_expert.unique_consecutive(return_counts=True))
     loop = _looped if torch.is_grad_enabled() or order.numel() <= _FEW_PAIRS else _looped_in_place
-    return loop(x, gate_up_proj, down_proj, weights, order, hit, sizes)
+    return loop(x, _expert_functions(gate_up_proj, down_proj, scales), weights, order, hit, sizes)
 
 
-def expert_counts(experts: Int[Tensor, "T K"], num_experts: int) -> Int[Tensor, "E"]:
-    """How many tokens chose each expert; unlike `bincount`, without a wait for the device."""
-    chosen = experts.flatten()
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=chosen.device)
-    return counts.scatter_add_(0, chosen, torch.ones_like(chosen))
+def _expert_functions(gate_up_proj: Tensor, down_proj: Tensor, scales: ExpertScales | None) -> ExpertFunction:
+    """What one expert does with its rows."""
+    first, second = gate_up_proj, down_proj
+    if scales is not None:
+        return lambda x, e: _swiglu_fp8(x, first[e], second[e], scales.gate_up[e], scales.down[e])
+    if torch.is_grad_enabled():
+        # Indexing one expert costs a full-size gradient each; unbind costs one for all of them together.
+        ups, downs = first.unbind(0), second.unbind(0)
+        return lambda x, e: _swiglu(x, ups[e], downs[e])
+    return lambda x, e: _swiglu(x, first[e], second[e])
 
 
 def _permuted(
@@ -120,75 +160,37 @@ class _Permutation(torch.autograd.Function):
         return grad.unflatten(0, (-1, ctx.copies)).sum(dim=1) if ctx.copies > 1 else grad, None, None, None
 
 
-def _gathered(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-    """Every (token, expert) pair reads its expert: no sorting, no grouping."""
-    pairs = experts.flatten()
-    repeated = x[:, None].expand(-1, experts.shape[1], -1).flatten(0, 1)[..., None]
-    gate, up = torch.bmm(gate_up_proj[pairs], repeated).chunk(2, dim=1)
-    outputs = torch.bmm(down_proj[pairs], F.silu(gate) * up)
-    return torch.bmm(weights[:, None], outputs.view(*experts.shape, -1))[:, 0]
-
-
-def _has_grouped_gemm(x: Tensor, gate_up_proj: Tensor) -> bool:
-    """torch's kernel is for bf16 on Hopper and later; elsewhere it is a slow loop, or missing."""
-    aligned = all(size % _ALIGNMENT == 0 for size in (gate_up_proj.shape[1] // 2, gate_up_proj.shape[2]))
-    on_hopper = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return on_hopper and aligned and x.dtype is torch.bfloat16
-
-
-def _grouped(
-    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weights: Tensor, by_expert: Tensor, order: Tensor
-) -> Tensor:
-    """Each projection of all experts is one GPU kernel over the rows sorted by expert."""
-    numbers = torch.arange(gate_up_proj.shape[0], device=x.device)
-    borders = torch.searchsorted(by_expert, numbers, right=True, out_int32=True)
-    inverse = _inverse(order)
-    rows = _permuted(x, order // weights.shape[1], inverse, weights.shape[1])
-    gate, up = F.grouped_mm(rows, gate_up_proj.mT, offs=borders).chunk(2, dim=-1)
-    outputs = F.grouped_mm(F.silu(gate) * up, down_proj.mT, offs=borders)
-    return _combined(_permuted(outputs, inverse, order, 1), weights)
-
-
 def _looped(
-    x: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    weights: Tensor,
-    order: Tensor,
-    hit: Sequence[int],
-    sizes: list[int],
+    x: Tensor, expert: ExpertFunction, weights: Tensor, order: Tensor, hit: Sequence[int], sizes: list[int]
 ) -> Tensor:
     """One expert that was hit after the other."""
     inverse = _inverse(order)
     rows = _permuted(x, order // weights.shape[1], inverse, weights.shape[1]).split(sizes)
-    first, second = gate_up_proj, down_proj
-    if torch.is_grad_enabled():
-        # Indexing one expert costs a full-size gradient each; unbind costs one for all of them together.
-        first, second = first.unbind(0), second.unbind(0)
-    outputs = torch.cat([_swiglu(part, first[e], second[e]) for part, e in zip(rows, hit, strict=True)])
+    outputs = torch.cat([expert(part, e) for part, e in zip(rows, hit, strict=True)])
     return _combined(_permuted(outputs, inverse, order, 1), weights)
 
 
 def _looped_in_place(
-    x: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    weights: Tensor,
-    order: Tensor,
-    hit: Sequence[int],
-    sizes: list[int],
+    x: Tensor, expert: ExpertFunction, weights: Tensor, order: Tensor, hit: Sequence[int], sizes: list[int]
 ) -> Tensor:
     """The same without gradients: each expert's rows stay in a CPU's cache from the gather to the sum in fp32."""
     total = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
     tokens, shares = order // weights.shape[1], weights.flatten()[order, None].to(total.dtype)
     for e, of_expert, share in zip(hit, tokens.split(sizes), shares.split(sizes), strict=True):
-        total.index_add_(0, of_expert, _swiglu(x[of_expert], gate_up_proj[e], down_proj[e]) * share)
+        total.index_add_(0, of_expert, expert(x[of_expert], e) * share)
     return total.to(x.dtype)
 
 
 def _swiglu(x: Float[Tensor, "P D"], gate_up: Float[Tensor, "2F D"], down: Float[Tensor, "D F"]) -> Tensor:
     gate, up = (x @ gate_up.t()).chunk(2, dim=-1)
     return (F.silu(gate) * up) @ down.t()
+
+
+def _swiglu_fp8(x: Tensor, gate_up: Tensor, down: Tensor, gate_up_scales: Tensor, down_scales: Tensor) -> Tensor:
+    """Gate and up are quantised apart: a block of scales never holds rows of both."""
+    parts = zip(gate_up.chunk(2), gate_up_scales.chunk(2), strict=True)
+    gate, up = (linear(x, weight, scale) for weight, scale in parts)
+    return linear(swiglu(gate, up), down, down_scales)
 
 
 def _combined(outputs: Float[Tensor, "T_times_K D"], weights: Float[Tensor, "T K"]) -> Float[Tensor, "T D"]:

@@ -34,10 +34,18 @@ No term of (8) is a small difference of large ones, however strong the decay: wh
 from typing import NamedTuple
 
 import torch
-import triton
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from qwen3_next.ops.common_triton import multiprocessors
+from qwen3_next.ops.gated_delta_chunk_grad_triton import (
+    TERMS,
+    gate_gradients_kernel,
+    key_gradients_kernel,
+    value_gradients_kernel,
+)
 from qwen3_next.ops.gated_delta_chunk_triton import (
     CHUNK,
     ChunkSystems,
@@ -45,7 +53,7 @@ from qwen3_next.ops.gated_delta_chunk_triton import (
     padded_width,
     solve_chunks,
 )
-from qwen3_next.ops.gated_delta_scan_grad_triton import chunk_gradients_kernel, walks_kernel
+from qwen3_next.ops.gated_delta_scan_grad_triton import walks_kernel
 from qwen3_next.ops.segments import Segments
 
 
@@ -77,27 +85,28 @@ def gated_delta_backward(
     Args:
         systems: those of the forward pass, where it kept them. States and writes are found again in any case.
     """
+    q, k, v = (_aligned(by_token(x)) for x in (q, k, v))
+    log_decay, beta = log_decay.contiguous(), beta.contiguous()
     if systems is None:
         systems = solve_chunks(q, k, log_decay, beta, segments)
-    grad_output = v.new_zeros(v.shape) if grad_output is None else grad_output.to(v.dtype).contiguous()
+    grad_output = v.new_zeros(v.shape) if grad_output is None else _aligned(grad_output.to(v.dtype).contiguous())
     walks = _walk(q, k, v, systems, segments, initial_state, grad_output, grad_final_state)
-    return _chunk_gradients(q, k, v, log_decay, beta, systems, segments, grad_output, walks)
+    found = _chunk_gradients(q, k, v, log_decay, beta, systems, segments, grad_output, walks)
+    return found if initial_state is not None else found._replace(initial_state=None)
 
 
 class _Walks(NamedTuple):
     """What the two walks over the chunks find.
 
     Attributes:
-        states: S, the state that enters each chunk, and `written`: Z, both in `v.dtype`.
-        grad_states: dS', that of the state that leaves each chunk, and `grad_alone`: dX, both in `v.dtype`.
+        states: S, the state that enters each chunk, and dS', the gradient of the one that leaves it, in `v.dtype`.
+        values: dX and Z, in `v.dtype`; zeros beyond the tokens of a chunk.
         grad_initial: dS of the first chunks.
     """
 
-    states: Float[Tensor, "G Hv Dk Dv"]
-    written: Float[Tensor, "T Hv Dv"]
-    grad_states: Float[Tensor, "G Hv Dk Dv"]
-    grad_alone: Float[Tensor, "T Hv Dv"]
-    grad_initial: Float[Tensor, "N Hv Dk Dv"] | None
+    states: Float[Tensor, "2 G Hv BK BV"]
+    values: Float[Tensor, "2 G Hv L BV"]
+    grad_initial: Float[Tensor, "N Hv Dk Dv"]
 
 
 def _walk(
@@ -105,64 +114,85 @@ def _walk(
     grad_output: Tensor, grad_final_state: Tensor | None,
 ) -> _Walks:  # fmt: skip
     """The states again, and equations 1 to 3."""
-    q, k, v = by_token(q), by_token(k), by_token(v)
     (_, key_heads, dk), (_, value_heads, dv) = k.shape, v.shape
-    longest = max(1, segments.max_length)
-    chunks, sequences = segments.cut(CHUNK), segments.cut(triton.cdiv(longest, CHUNK) * CHUNK)
-    states, grad_states = (v.new_empty(chunks.count, value_heads, dk, dv) for _ in range(2))
-    written, grad_alone = v.new_empty(v.shape), v.new_empty(v.shape)
-    grad_final_state = None if grad_final_state is None else grad_final_state.contiguous()
-    grad_initial = None
-    if initial_state is not None:
-        # A sequence without tokens passes the gradient of its final state through.
-        initial_state = initial_state.contiguous()
-        grad_initial = torch.zeros_like(initial_state)
-        if grad_final_state is not None and 0 in segments.lengths:
-            grad_initial.copy_(grad_final_state)
+    chunks = segments.cut(CHUNK)
+    states = v.new_empty(2, chunks.count, value_heads, padded_width(dk), padded_width(dv))
+    values = v.new_empty(2, chunks.count, value_heads, CHUNK, padded_width(dv))
+    # Zeros for states that are not given: one kernel for all calls is one to compile and to check.
+    initial_state, grad_final_state = (
+        v.new_zeros(segments.count, value_heads, dk, dv, dtype=torch.float32) if x is None else x.contiguous()
+        for x in (initial_state, grad_final_state)
+    )
+    # A sequence without tokens passes the gradient of its final state through.
+    grad_initial = grad_final_state.to(initial_state.dtype, copy=True)
     if chunks.count:
-        block, warps, stages = _walk_configuration(dk, dv, v.dtype)
-        walks_kernel[(2 * triton.cdiv(dv, block), value_heads, sequences.count)](
+        forth, back = _walk_columns(segments, value_heads, padded_width(dv))
+        columns = padded_width(dv) // forth + padded_width(dv) // back
+        walks_kernel[(value_heads, columns, segments.count)](
             *(q, k, v, grad_output, systems.inverse, systems.attention, systems.scales, systems.decay),
-            *(initial_state, grad_final_state, states, written, grad_states, grad_alone, grad_initial),
-            *(chunks.cu_seqlens, chunks.first, sequences.first, sequences.sequences),
-            *(value_heads * dk * dv, sequences.size),
+            *(initial_state, grad_final_state, states[0], values[1], states[1], values[0], grad_initial),
+            *(chunks.cu_seqlens, chunks.first),
             Q_ROW=q.stride(0), K_ROW=k.stride(0), V_ROW=v.stride(0), HK=key_heads, HV=value_heads, DK=dk, DV=dv,
-            BK=padded_width(dk), BV=block, L=CHUNK, num_warps=warps, num_stages=stages,
+            BK=padded_width(dk), FORTH=forth, BACK=back, VALUES=padded_width(dv), L=CHUNK, num_warps=4, num_stages=2,
         )  # fmt: skip
-    return _Walks(states, written, grad_states, grad_alone, grad_initial)
+    return _Walks(states, values, grad_initial)
 
 
 def _chunk_gradients(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, systems: ChunkSystems, segments: Segments,
     grad_output: Tensor, walks: _Walks,
 ) -> GatedDeltaGradients:  # fmt: skip
-    """Equations 4 to 8; the gradient of v takes the place of that of X."""
-    q, k, v = by_token(q), by_token(k), by_token(v)
+    """Equations 4 to 8."""
     (_, key_heads, dk), (_, value_heads, dv) = k.shape, v.shape
     chunks = segments.cut(CHUNK)
-    grad_q, grad_k = q.new_empty(q.shape), k.new_empty(k.shape)
+    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     grad_log_decay, grad_beta = log_decay.new_empty(log_decay.shape), beta.new_empty(beta.shape)
     if chunks.count:
-        block, warps, stages = _chunk_configuration(dk, dv, v.dtype)
-        terms = v.new_empty(chunks.count, value_heads, 9, CHUNK, dtype=torch.float32)
-        chunk_gradients_kernel[(chunks.count, key_heads)](
-            *(q, k, v, grad_output, walks.written, walks.grad_alone, walks.states, walks.grad_states),
-            *(systems.attention, systems.sums, systems.scales, systems.decay, systems.rstd_q, systems.rstd_k),
-            *(grad_q, grad_k, grad_log_decay, grad_beta, terms, chunks.cu_seqlens, chunks.first, chunks.sequences),
-            Q_ROW=q.stride(0), K_ROW=k.stride(0), V_ROW=v.stride(0), HK=key_heads, HV=value_heads, DK=dk, DV=dv,
-            BK=padded_width(dk), BV=block, L=CHUNK, num_warps=warps, num_stages=stages,
+        terms = v.new_empty(chunks.count, value_heads, TERMS.value, CHUNK, dtype=torch.float32)
+        grad_attention, grad_system = (torch.empty_like(systems.attention) for _ in range(2))
+        places = (chunks.cu_seqlens, chunks.first, chunks.sequences)
+        shape = {"K_ROW": k.stride(0), "HK": key_heads, "HV": value_heads, "DK": dk, "DV": dv, "L": CHUNK}
+        shape |= {"BK": padded_width(dk), "BV": padded_width(dv), "num_stages": 2}
+        value_gradients_kernel[(value_heads, chunks.count)](
+            *(k, v, grad_output, _tiles(walks.values), systems.attention, systems.sums, systems.scales),
+            *(systems.rstd_q, systems.rstd_k, grad_v, grad_attention, grad_system, terms, *places),
+            chunks.count * value_heads, **shape, V_ROW=v.stride(0), num_warps=4, maxnreg=168,
         )  # fmt: skip
-    return GatedDeltaGradients(grad_q, grad_k, walks.grad_alone, grad_log_decay, grad_beta, walks.grad_initial)
+        key_gradients_kernel[(2 * key_heads, chunks.count)](
+            *(q, k, _rows(grad_output), _tiles(walks.values), _tiles(walks.states)),
+            *(_tiles(grad_attention), _tiles(grad_system), walks.states, systems.scales),
+            *(systems.rstd_q, systems.rstd_k, grad_q, grad_k, terms, *places),
+            chunks.count * value_heads, **shape, Q_ROW=q.stride(0), num_warps=8,
+        )  # fmt: skip
+        gate_gradients_kernel[(value_heads, chunks.count)](
+            *(terms, systems.scales, systems.decay, grad_log_decay, grad_beta, *places),
+            HV=value_heads, L=CHUNK, num_warps=2, num_stages=2,
+        )  # fmt: skip
+    return GatedDeltaGradients(grad_q, grad_k, grad_v, grad_log_decay, grad_beta, walks.grad_initial)
 
 
-def _walk_configuration(dk: int, dv: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Columns of the state in a program of the walks, warps, stages of its loads. For H100 and H200."""
-    if dtype == torch.float32:
-        return 16, 8, 1
-    return (min(32, padded_width(dv)), 8, 2) if dk > 128 else (min(64, padded_width(dv)), 4, 3 if dk > 64 else 2)
+def _walk_columns(segments: Segments, heads: int, width: int) -> tuple[int, int]:
+    """Columns of the state in a program that walks forth, and in one that walks back. For H100 and H200."""
+    # Two programs fit on a multiprocessor. Where that leaves none waiting, the shorter step of fewer columns counts.
+    waits = 2 * width // 32 * heads * segments.count > 4 * multiprocessors(segments.device)
+    return min(64 if waits else 32, width), min(32, width)
 
 
-def _chunk_configuration(dk: int, dv: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Columns of the values in a block of the gradients of a chunk, warps, stages of its loads. For H100 and H200."""
-    # With one stage, Triton 3.6 lets fp32 products read beyond their shared memory.
-    return min(32 if dtype == torch.float32 else 64, padded_width(dv)), 8, 2
+def _tiles(x: Float[Tensor, "*G R C"]) -> TensorDescriptor:
+    """Each `[R, C]` as one block, which a Hopper card moves without a register."""
+    return TensorDescriptor.from_tensor(x.flatten(0, -2), list(x.shape[-2:]))
+
+
+def _rows(x: Float[Tensor, "T H D"]) -> TensorDescriptor:
+    """The tokens of a chunk of one head as one block; rows of other lengths than 16 bytes' multiples are copied."""
+    x = F.pad(x, (0, -x.shape[2] * x.element_size() % 16 // x.element_size()))
+    return TensorDescriptor.from_tensor(x, [CHUNK, 1, padded_width(x.shape[2])])
+
+
+def _aligned(x: Float[Tensor, "T H D"]) -> Float[Tensor, "T H D"]:
+    """x, or a copy, whose rows start at multiples of 16 bytes.
+
+    Others are not fetched ahead of the walks, and a walk without that is what Triton 3.6 compiles wrongly for Hopper.
+    """
+    is_aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x if is_aligned else x.clone(memory_format=torch.contiguous_format)

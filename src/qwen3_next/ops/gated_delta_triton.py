@@ -7,12 +7,15 @@ from torch import Tensor
 
 from qwen3_next.ops.backend import refuses
 from qwen3_next.ops.gated_delta import GatedDeltaOutput
-from qwen3_next.ops.gated_delta_chunk_triton import Course, scan_chunks, solve_chunks, walk
+from qwen3_next.ops.gated_delta_chunk_triton import ChunkSystems, Course, scan_chunks, solve_chunks, walk
 from qwen3_next.ops.segments import Segments
 from qwen3_next.ops.snapshots import Snapshots
 
 _WIDEST = 256
 """Above it, a block of the state no longer fits into the registers."""
+
+_WIDTHS_WITH_GRADIENT = {64, 128}
+"""On a GPU, where each pair of them was compared with the definition."""
 
 
 def _unfit(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -34,8 +37,13 @@ def _refusal(
 ) -> str | None:
     inputs = (q, k, v, log_decay, beta, initial_state)
     if q.is_cuda and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        # Triton 3.6 compiles some of the gradient's products on Hopper so that they read beyond their shared memory.
-        return "calls without gradients, until those of the kernels agree with the definition's on every card"
+        # What was found right on a card. Triton 3.6 compiles a walk wrongly whose rows it cannot fetch 16 bytes at a
+        # time, and was seen to compile fp32 products of narrow heads and those of 256 channels wrongly.
+        if v.dtype not in (torch.bfloat16, torch.float16):
+            return f"gradients in bf16 and fp16, not in {v.dtype}"
+        if not {k.shape[2], v.shape[2]} <= _WIDTHS_WITH_GRADIENT:
+            allowed = " and ".join(map(str, sorted(_WIDTHS_WITH_GRADIENT)))
+            return f"gradients of heads of {allowed} channels, not of {k.shape[2]} and {v.shape[2]}"
     return _unfit(q, k, v)
 
 
@@ -92,23 +100,27 @@ def gated_delta_rule_(
 
 
 class _GatedDeltaRule(torch.autograd.Function):
-    """Keeps the inputs alone: the systems and the states between chunks are found again when a gradient is wanted."""
+    """Keeps the inputs and the systems; the states between chunks are found again when a gradient is wanted.
+
+    The systems of a head take as many bytes as its values of 128 channels, the states four times as many.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, log_decay, beta, initial_state, segments: Segments):
-        ctx.save_for_backward(q, k, v, log_decay, beta, initial_state)
-        ctx.segments = segments
-        ctx.set_materialize_grads(False)
         systems = solve_chunks(q, k, log_decay, beta, segments)
         result = scan_chunks(q, k, v, beta, systems, segments, initial_state)
+        ctx.save_for_backward(q, k, v, log_decay, beta, initial_state, *systems)
+        ctx.segments = segments
+        ctx.set_materialize_grads(False)
         return result.output, result.final_state
 
     @staticmethod
     def backward(ctx, grad_output, grad_final_state):
         from qwen3_next.ops.gated_delta_grad_triton import gated_delta_backward
 
-        q, k, v, log_decay, beta, initial_state = ctx.saved_tensors
+        q, k, v, log_decay, beta, initial_state, *systems = ctx.saved_tensors
         grads = gated_delta_backward(
-            q, k, v, log_decay, beta, ctx.segments, initial_state, grad_output, grad_final_state, None
+            *(q, k, v, log_decay, beta, ctx.segments, initial_state, grad_output, grad_final_state),
+            ChunkSystems(*systems),
         )
         return *grads, None

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qwen3_next.ops.experts import Routing, expert_counts
+from qwen3_next.ops.routing import Routing, expert_counts
 
 
 def load_balancing_loss(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -9,11 +10,17 @@ from torch import Tensor
 
 from qwen3_next.ops.causal_conv import ProjectionColumns, causal_conv, causal_conv_
 from qwen3_next.ops.cross_entropy import IGNORED, linear_argmax, linear_cross_entropy
+from qwen3_next.ops.experts import ExpertScales, SharedExpert, swiglu_experts
 from qwen3_next.ops.gate import sigmoid_gate, swiglu
 from qwen3_next.ops.gated_delta import gated_delta_rule, gated_delta_rule_, gated_delta_rule_recurrent
 from qwen3_next.ops.gated_delta_step import StepState, StepWeights, delta_net_step_
+from qwen3_next.ops.linear import linear
 from qwen3_next.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
+from qwen3_next.ops.paged_attention import paged_attention
+from qwen3_next.ops.pages import PAGE, KeyPages, write_pages_
+from qwen3_next.ops.quant import BlockFp8, dequantize_block_fp8, quantize_activations, quantize_block_fp8
 from qwen3_next.ops.rotary import apply_rotary, rms_norm_rotary
+from qwen3_next.ops.routing import route
 from qwen3_next.ops.segments import Segments
 from qwen3_next.ops.snapshots import Snapshots
 
@@ -36,6 +43,7 @@ class Sizes:
     head_width: int
     rotated: int
     columns: ProjectionColumns
+    experts: int
     expert_width: int
     vocabulary: int
 
@@ -53,6 +61,7 @@ TINY = Sizes(
     head_width=16,
     rotated=4,
     columns=ProjectionColumns(key_heads=2, value_heads=4, key_width=16, value_width=16),
+    experts=6,
     expert_width=24,
     vocabulary=200,
 )
@@ -66,6 +75,7 @@ PUBLISHED = Sizes(
     head_width=256,
     rotated=32,
     columns=ProjectionColumns(key_heads=16, value_heads=32, key_width=128, value_width=128),
+    experts=16,
     expert_width=512,
     vocabulary=3000,
 )
@@ -92,7 +102,19 @@ class Sample:
 
 def samples(sizes: Sizes) -> Iterator[Sample]:
     """Every operation that has a twin, each at least once."""
-    for family in (_norms, _rotary, _gates, _convolution, _delta_rule, _delta_net_step, _head):
+    for family in (
+        _norms,
+        _rotary,
+        _gates,
+        _convolution,
+        _delta_rule,
+        _delta_net_step,
+        _pages,
+        _fp8,
+        _linear,
+        _experts,
+        _head,
+    ):
         yield from family(sizes)
 
 
@@ -210,6 +232,97 @@ def _delta_net_step(s: Sizes) -> Iterator[Sample]:
         )
 
 
+def _pages(s: Sizes) -> Iterator[Sample]:
+    """Prompts that go on from a cache, and a few tokens of each sequence, whose cache may be shorter than that."""
+    few = tuple(min(3, length) for length in s.lengths)
+
+    def memory(dtype: torch.dtype) -> KeyPages:
+        each = 2 + max(s.lengths) // PAGE
+        keys, values = (_normal(dtype, each * len(s.lengths), PAGE, s.kv_heads, s.head_width) for _ in range(2))
+        table = torch.randperm(len(keys), dtype=torch.int32).view(len(s.lengths), each)
+        before = torch.tensor([0, 3, PAGE, PAGE - 1][: len(s.lengths)], dtype=torch.int32)
+        return KeyPages(keys, values, table, before + torch.tensor(s.lengths, dtype=torch.int32))
+
+    def make(dtype: torch.dtype, lengths: tuple[int, ...]) -> tuple[Any, ...]:
+        q, gate = _normal(dtype, sum(lengths), s.heads, 2 * s.head_width).chunk(2, dim=-1)
+        return q, memory(dtype), _segments(lengths), gate
+
+    def make_new(dtype: torch.dtype) -> tuple[Any, ...]:
+        k, v = _normal(dtype, s.tokens, s.kv_heads, 2 * s.head_width).chunk(2, dim=-1)
+        return k, v, memory(dtype), _segments(s.lengths)
+
+    for lengths in (s.lengths, few):
+        make_some = partial(make, lengths=lengths)
+        yield Sample(operation="paged_attention", make=make_some, run=paged_attention)
+    yield Sample(operation="write_pages_", make=make_new, run=_on_copies(write_pages_, 2))
+
+
+def _fp8(s: Sizes) -> Iterator[Sample]:
+    def rows(dtype: torch.dtype) -> tuple[Any, ...]:
+        return (_normal(dtype, s.tokens, s.hidden + 8),)
+
+    def stored(dtype: torch.dtype) -> tuple[Any, ...]:
+        return *_block_fp8(s.hidden, s.hidden + 8), dtype
+
+    yield Sample(operation="quantize_activations", make=rows, run=quantize_activations)
+    yield Sample(operation="quantize_block_fp8", make=rows, run=quantize_block_fp8)
+    yield Sample(operation="dequantize_block_fp8", make=stored, run=dequantize_block_fp8)
+
+
+def _linear(s: Sizes) -> Iterator[Sample]:
+    def make(dtype: torch.dtype, tokens: int) -> tuple[Any, ...]:
+        weight = _normal(dtype, 2 * s.hidden, s.hidden) / s.hidden**0.5
+        return _normal(dtype, tokens, s.hidden), weight, None, _normal(dtype, 2 * s.hidden)
+
+    def make_fp8(dtype: torch.dtype, tokens: int) -> tuple[Any, ...]:
+        return _normal(dtype, tokens, s.hidden), *_block_fp8(2 * s.hidden, s.hidden), _normal(dtype, 2 * s.hidden)
+
+    yield Sample(operation="linear", make=lambda dtype: make(dtype, s.tokens), run=linear, gradients=(0, 1, 3))
+    for tokens in (1, 9, s.tokens):
+        yield Sample(operation="linear", make=lambda dtype, tokens=tokens: make(dtype, tokens), run=linear)
+        yield Sample(operation="linear", make=lambda dtype, tokens=tokens: make_fp8(dtype, tokens), run=linear)
+
+
+def _experts(s: Sizes) -> Iterator[Sample]:
+    sizes, top_k = (s.experts, s.hidden, s.expert_width), 3
+
+    def make_route(dtype: torch.dtype) -> tuple[Any, ...]:
+        # Far apart, so that rounding cannot change which scores are the largest.
+        gate = torch.linspace(-1, 1, s.experts)[:, None] * torch.ones(s.hidden) / s.hidden
+        return (_normal(dtype, s.tokens, s.hidden) + 9).to(dtype), gate.to(dtype), top_k, True
+
+    def make(dtype: torch.dtype, tokens: int) -> tuple[Any, ...]:
+        e, d, f = sizes
+        weights = _normal(dtype, e, 2 * f, d) / d**0.5, _normal(dtype, e, d, f) / f**0.5
+        shared = SharedExpert(weights[0][0, :f], weights[0][0, f:], weights[1][0], _normal(dtype, 1, d) / d**0.5)
+        experts = torch.rand(tokens, e).topk(top_k).indices
+        return _normal(dtype, tokens, d), *weights, _normal(dtype, tokens, top_k), experts, None, shared
+
+    def make_fp8(dtype: torch.dtype, tokens: int) -> tuple[Any, ...]:
+        e, d, f = sizes
+        x, _, _, weights, experts, _, _ = make(dtype, tokens)
+        up, down = _block_fp8(2 * e, f, d), _block_fp8(e, d, f)
+        scales = ExpertScales(up.scale_inv.view(e, -1, up.scale_inv.shape[-1]), down.scale_inv)
+        own = up.scale_inv[0], up.scale_inv[1], down.scale_inv[0]
+        shared = SharedExpert(up.values[0], up.values[1], down.values[0], _normal(dtype, 1, d) / d**0.5, own)
+        return x, up.values.view(e, 2 * f, d), down.values, weights, experts, scales, shared
+
+    yield Sample(operation="route", make=make_route, run=route, gradients=(0, 1))
+    yield Sample(
+        operation="swiglu_experts",
+        make=lambda dtype: make(dtype, s.tokens)[:5],
+        run=swiglu_experts,
+        gradients=(0, 1, 2, 3),
+    )
+    for tokens in (2, s.tokens):
+        for made in (make, make_fp8):
+            yield Sample(
+                operation="swiglu_experts",
+                make=lambda dtype, made=made, tokens=tokens: made(dtype, tokens),
+                run=swiglu_experts,
+            )
+
+
 def _head(s: Sizes) -> Iterator[Sample]:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         hidden, weight = _normal(dtype, s.tokens, s.hidden), _normal(dtype, s.vocabulary, s.hidden)
@@ -236,6 +349,11 @@ def _plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _normal(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(shape).to(dtype)
+
+
+def _block_fp8(*shape: int) -> BlockFp8:
+    """A weight whose products are about as large as what it is multiplied with."""
+    return quantize_block_fp8(torch.randn(shape) / shape[-1] ** 0.5)
 
 
 def _projected(dtype: torch.dtype, s: Sizes, tokens: int | None = None) -> Tensor:

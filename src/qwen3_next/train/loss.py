@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qwen3_next.model import PackedLosses, Qwen3NextForCausalLM
 from qwen3_next.model.inputs import PackedInputs
-from qwen3_next.ops.experts import Routing, expert_counts
 from qwen3_next.ops.load_balance import load_balancing_loss
+from qwen3_next.ops.routing import Routing, expert_counts
 
 
 @dataclass(frozen=True, kw_only=True)
