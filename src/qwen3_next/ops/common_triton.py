@@ -23,3 +23,9 @@ def dot(a, b, acc=None):
 def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side at least; a small number in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device runs kernels that are written for the tensor cores of H100 and H200."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

@@ -2,8 +2,11 @@
 
 docs/gated_delta_rule.md, in its names. Nothing is normalised in memory: 1 / sqrt(|x|^2 + 1e-6) of q and k are scales of
 rows of the products. Shapes: G chunks of at most 64 tokens, `L` = 64; rows beyond a chunk's tokens are zero.
+
+There are two pairs of kernels: one for any widths, dtypes and cards, and one for the published model's on Hopper.
 """
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false
 # (the four: launches, rounded sizes and loops of kernels, which Triton types as constants or not at all)
 
 from typing import NamedTuple
@@ -14,9 +17,12 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qwen3_next.ops.common_triton import dot, multiprocessors
-from qwen3_next.ops.gated_delta_scan_triton import combine_kernel, load_rows, scan_kernel, summarise_kernel
-from qwen3_next.ops.segments import Parts, Segments
+from qwen3_next.ops import gated_delta_solve_hopper_triton as solve_hopper
+from qwen3_next.ops import gated_delta_walk_hopper_triton as walk_hopper
+from qwen3_next.ops.common_triton import dot, is_hopper
+from qwen3_next.ops.gated_delta_scan_triton import load_rows, walk_kernel
+from qwen3_next.ops.gated_delta_walk_hopper_triton import as_tiles
+from qwen3_next.ops.segments import Segments
 from qwen3_next.ops.snapshots import Snapshots
 
 CHUNK = 64
@@ -74,7 +80,14 @@ def solve_chunks(
     rstd = q.new_empty(2, tokens, key_heads, dtype=torch.float32)
     scales = q.new_empty(chunks.count, value_heads, 4, CHUNK, dtype=torch.float32)
     decay = q.new_empty(chunks.count, value_heads, dtype=torch.float32)
-    if chunks.count:
+    if chunks.count and _is_for_hopper(q, k, width):
+        solve_hopper.solve_kernel[(chunks.count * value_heads,)](
+            *(_by_chunk(q), _by_chunk(k), *(_squares(x) for x in matrices)),
+            *(log_decay, beta, sums, *rstd, scales, decay),
+            *(chunks.cu_seqlens, chunks.first, chunks.sequences, width**-0.5),
+            HK=key_heads, HV=value_heads, DK=width, L=CHUNK, num_warps=4, maxnreg=128,
+        )  # fmt: skip
+    elif chunks.count:
         scratch = matrices[0].view(torch.float32)
         # No entry of T is above 1, so that fp16 has two digits more for its factors than bf16 has for the result.
         factor = tl.float32 if q.dtype == torch.float32 else tl.float16
@@ -99,106 +112,99 @@ def scan_chunks(
 ) -> ScanResult:
     """Carry the states through the chunks of their sequences."""
     shape = (segments.count, v.shape[1], k.shape[2], v.shape[2])
-    initial_state = None if initial_state is None else initial_state.contiguous()
-    if 0 not in segments.lengths:
-        final_state = v.new_empty(shape, dtype=torch.float32)
-    elif initial_state is None:
+    if segments.total == 0:
         final_state = v.new_zeros(shape, dtype=torch.float32)
-    else:
-        final_state = initial_state.float().clone()
-    output = walk(q, k, v, systems, segments, States(initial_state, final_state, None, None))
+        return ScanResult(v.new_empty(v.shape), final_state if initial_state is None else final_state + initial_state)
+    final_state = v.new_empty(shape, dtype=torch.float32)
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    output = walk(q, k, v, systems, Course(segments, initial_state, final_state, None, None, None))
     return ScanResult(output, final_state)
 
 
-class States(NamedTuple):
-    """Where a walk finds the states that enter sequences and leaves those that leave them; by sequence or by slot."""
+class Course(NamedTuple):
+    """The way of a walk, and where it finds and leaves states.
 
+    Attributes:
+        parts: what the sequences consist of; chunks start anew in each part.
+        initial: the states that enter sequences, by sequence or by slot; None means zeros.
+        final: where the states after parts go, by part or by target.
+        slots: of the sequences, in `initial`.
+        targets: of the parts, in `final`.
+        first: the parts `first[n]:first[n+1]` are those of sequence n; None: each sequence is one part.
+    """
+
+    parts: Segments
     initial: Float[Tensor, "M Hv Dk Dv"] | None
     final: Float[Tensor, "M Hv Dk Dv"]
     slots: Int[Tensor, "N"] | None
-    snapshots: Snapshots | None
+    targets: Int[Tensor, "P"] | None
+    first: Int[Tensor, "N+1"] | None
+
+    @classmethod
+    def through_slots(cls, segments: Segments, states: Tensor, slots: Tensor, snapshots: Snapshots | None) -> "Course":
+        """From the slots of sequences into these; with a part that ends at each snapshot, into its slot."""
+        if snapshots is None:
+            return cls(segments, states, states, slots, slots, None)
+        stretches = snapshots.cut(segments)
+        targets = torch.cat([slots.to(snapshots.slots.dtype), snapshots.slots])[stretches.owners]
+        return cls(stretches.segments, states, states, slots, targets, stretches.first)
 
 
-def walk(
-    q: Tensor, k: Tensor, v: Tensor, systems: ChunkSystems, segments: Segments, places: States
-) -> Float[Tensor, "T Hv Dv"]:
-    """The output of every token; final states and snapshots go to `places`."""
+def walk(q: Tensor, k: Tensor, v: Tensor, systems: ChunkSystems, course: Course) -> Float[Tensor, "T Hv Dv"]:
+    """The output of every token; states go where `course` says. `systems` are those of its parts."""
     q, k, v = by_token(q), by_token(k), by_token(v)
     output = v.new_empty(v.shape)
-    if segments.total == 0:
-        return output
     (_, key_heads, dk), (_, value_heads, dv) = k.shape, v.shape
+    sequences = (course.parts.count + 1 if course.first is None else course.first.shape[0]) - 1
+    if course.parts.total == 0 or sequences == 0:
+        return output
+    chunks = course.parts.cut(CHUNK)
+    states = (course.initial, course.final, course.slots, course.targets, chunks.cu_seqlens, chunks.first, course.first)
+    strides = (0 if course.initial is None else course.initial.stride(0), course.final.stride(0))
+    shape = {"HK": key_heads, "HV": value_heads, "DK": dk, "DV": dv, "L": CHUNK}
+    if _is_for_hopper(q, k, dk) and _is_for_hopper(v, v, dk) and dv % _HOPPER_COLUMNS == 0:
+        walk_hopper.walk_kernel[(dv // _HOPPER_COLUMNS, value_heads, sequences)](
+            *(_by_chunk(q), _by_chunk(k), _by_chunk(v, _HOPPER_COLUMNS)),
+            *(_squares(systems.inverse), _squares(systems.attention)),
+            *(as_tiles(systems.scales.view(-1), [4 * CHUNK]), as_tiles(systems.decay.view(-1), [32])),
+            *(_by_chunk(output, _HOPPER_COLUMNS), output, *states, *strides),
+            BV=_HOPPER_COLUMNS, STAGES=3, num_warps=4, **shape,
+        )  # fmt: skip
+        return output
     block, warps, stages = _configuration(dk, dv, v.dtype)
-    pieces = segments.cut(_piece_size(segments, value_heads, dk, dv, block))
-    chunks = segments.cut(CHUNK)
-    initial, slots = places.initial, places.slots
-    split = pieces.count > segments.count - segments.lengths.count(0)
-    if split:
-        initial = _entering_states(k, v, systems, chunks, pieces, places)
-    snapshots = places.snapshots
-    taken = 0 if snapshots is None else len(snapshots.positions)
-    after, targets = (None, None) if snapshots is None else (snapshots.after, snapshots.slots)
-    scan_kernel[(triton.cdiv(dv, block), value_heads, pieces.count)](
-        *(q, k, v, systems.inverse, systems.attention, systems.scales, systems.decay, systems.sums, systems.rstd_k),
-        *(output, None, None, initial, places.final, slots, after, targets),
-        *(chunks.cu_seqlens, chunks.first, pieces.first, pieces.sequences),
-        *(0 if initial is None else initial.stride(0), places.final.stride(0), pieces.size, taken),
-        Q_ROW=q.stride(0), K_ROW=k.stride(0), V_ROW=v.stride(0),
-        HK=key_heads, HV=value_heads, DK=dk, DV=dv, BK=padded_width(dk), BV=block, L=CHUNK,
-        BS=triton.next_power_of_2(taken) if taken else 0, SPLIT=split, SLOTS=slots is not None,
-        num_warps=warps, num_stages=stages,
+    walk_kernel[(triton.cdiv(dv, block), value_heads, sequences)](
+        *(q, k, v, systems.inverse, systems.attention, systems.scales, systems.decay, output, *states, *strides),
+        Q_ROW=q.stride(0), K_ROW=k.stride(0), V_ROW=v.stride(0), BK=padded_width(dk), BV=block,
+        num_warps=warps, num_stages=stages, **shape,
     )  # fmt: skip
     return output
 
 
-def _entering_states(
-    k: Tensor, v: Tensor, systems: ChunkSystems, chunks: Parts, pieces: Parts, places: States
-) -> Float[Tensor, "P Hv Dk Dv"]:
-    """The state that enters each piece: all pieces find `[B | M]` at once, then one short walk combines them."""
-    (_, key_heads, dk), (_, value_heads, dv) = k.shape, v.shape
-    block, warps, stages = _configuration(dk, dv, v.dtype)
-    values, padded = triton.cdiv(dv, block) * block, padded_width(dk)
-    summaries = v.new_empty(pieces.count, value_heads, dk, values + padded, dtype=torch.float32)
-    shape = {"HV": value_heads, "DK": dk, "DV": dv, "BK": padded, "VALUES": values}
-    summarise_kernel[(triton.cdiv(values + padded, block), value_heads, pieces.count)](
-        *(k, v, systems.inverse, systems.scales, systems.decay, summaries),
-        *(chunks.cu_seqlens, chunks.first, pieces.first, pieces.sequences, pieces.size),
-        K_ROW=k.stride(0), V_ROW=v.stride(0), HK=key_heads, BV=block, L=CHUNK,
-        num_warps=warps, num_stages=stages, **shape,
-    )  # fmt: skip
-    entering = v.new_empty(pieces.count, value_heads, dk, dv, dtype=torch.float32)
-    initial = places.initial
-    combine_kernel[(triton.cdiv(dv, _COMBINED), value_heads, pieces.first.shape[0] - 1)](
-        *(summaries, initial, entering, pieces.first, places.slots, 0 if initial is None else initial.stride(0)),
-        BV=_COMBINED, SLOTS=places.slots is not None, num_warps=8, num_stages=1, **shape,
-    )  # fmt: skip
-    return entering
+_HOPPER_COLUMNS = 64
+"""Columns of the state in a program: what one group of warps multiplies in one instruction."""
 
 
-_COMBINED = 16
-"""Columns of the state in a program that combines pieces."""
+def _is_for_hopper(x: Tensor, y: Tensor, width: int) -> bool:
+    """Whether keys of this width are what the kernels for Hopper take, and tiles of x and y can be copied whole."""
+    aligned = all(z.data_ptr() % 16 == 0 and z.stride(0) % 8 == 0 for z in (x, y))
+    return width in (64, 128) and x.element_size() == 2 and aligned and is_hopper(x.device)
+
+
+def _by_chunk(x: Float[Tensor, "T H D"], columns: int | None = None) -> object:
+    """A descriptor of the tokens of a chunk in one head, or in some columns of one."""
+    rows = x.as_strided((x.shape[0], x.shape[1] * x.shape[2]), (x.stride(0), 1))
+    return as_tiles(rows, [CHUNK, columns or x.shape[2]])
+
+
+def _squares(x: Float[Tensor, "G Hv L L"]) -> object:
+    return as_tiles(x.view(-1, CHUNK), [CHUNK, CHUNK])
 
 
 def _configuration(dk: int, dv: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Columns of the state in a program of the walk, warps, stages of its loads. For H100 and H200."""
+    """Columns of the state in a program of the walk for any widths, warps, stages of its loads."""
     if dtype == torch.float32:
         return 16, 8, 1
     return min(32, padded_width(dv)), 8 if dk > 128 else 4, 2
-
-
-_MOST_PIECES = 1
-"""Into how many pieces a sequence may be cut. 1, never: measured at 16:32 heads, cutting pays for itself at best."""
-
-
-def _piece_size(segments: Segments, heads: int, dk: int, dv: int, block: int) -> int:
-    """Tokens of the pieces that walk side by side: a sequence as a whole, unless that leaves most of the card idle.
-
-    Cutting has a price: finding `[B | M]` takes the chain of products of two walks, without their outputs.
-    """
-    whole = triton.cdiv(segments.max_length, CHUNK)
-    programs = triton.cdiv(dv, block) * heads * max(1, segments.total // max(1, segments.max_length))
-    most = min(_MOST_PIECES, 2 * multiprocessors(segments.device) // programs, whole // 8)
-    return triton.cdiv(whole, most if most > 1 and dk <= 128 else 1) * CHUNK
 
 
 def by_token(x: Float[Tensor, "T H D"]) -> Float[Tensor, "T H D"]:

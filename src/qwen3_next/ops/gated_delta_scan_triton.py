@@ -53,176 +53,61 @@ def store_state(p_state, b_state, o_column, width, DK: tl.constexpr, BK: tl.cons
     tl.store(p_state + o_k[None, :] * width + o_column[:, None], b_state.to(p_state.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["snapshots"])
-def scan_kernel(
-    p_q, p_k, p_v, p_inverse, p_attention, p_scales, p_decay, p_sums, p_rstd_k,
-    p_output, p_written, p_states, p_initial, p_final, p_slots, p_after, p_snapshot_slots,
-    p_cu_seqlens, p_first_chunk, p_first_piece, p_sequences,
-    initial_stride, final_stride, piece_size, snapshots, Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, BS: tl.constexpr,
-    SPLIT: tl.constexpr, SLOTS: tl.constexpr,
+@triton.jit
+def walk_kernel(
+    p_q, p_k, p_v, p_inverse, p_attention, p_scales, p_decay, p_output, p_initial, p_final, p_slots, p_targets,
+    p_cu_parts, p_first_chunk, p_first_part, initial_stride, final_stride,
+    Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """One piece of a sequence, one value head, BV columns of its state: outputs and the state that leaves.
+    """One sequence, one value head, BV columns of its state, for any widths and dtypes: outputs and states.
 
-    SPLIT: the state that enters piece i is `initial[i]`, and only the last piece of a sequence has a state to leave.
-    SLOTS: otherwise states are found by the slot of the sequence. Where to write may be None, for what is not wanted.
-    BS: a power of two, not below the number of snapshots; 0 where there are none.
+    The sequence is walked part by part; chunks start anew with each, and the state after part i goes to `targets[i]`,
+    or to i where there are no targets. Where there is no `first_part`, sequences are parts; one that has no tokens
+    then leaves its target alone.
     """
-    i_column, i_head, i_piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_sequence = tl.load(p_sequences + i_piece)
-    number = i_piece - tl.load(p_first_piece + i_sequence)
-    begin = tl.load(p_cu_seqlens + i_sequence) + number * piece_size
-    end = tl.load(p_cu_seqlens + i_sequence + 1)
-    is_last = end - begin <= piece_size
-    end = tl.minimum(end, begin + piece_size)
-    begin_row = begin.to(tl.int64)
-    chunk = (tl.load(p_first_chunk + i_sequence) + number * (piece_size // L)).to(tl.int64)
-    slot = (tl.load(p_slots + i_sequence) if SLOTS else i_sequence).to(tl.int64)
+    i_column, i_head, i_sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_column, o_row, o_k = i_column * BV + tl.arange(0, BV), tl.arange(0, L), tl.arange(0, BK)
     p_k += i_head // (HV // HK) * DK
     p_q += i_head // (HV // HK) * DK
     p_v += i_head * DV
-
     b_state = tl.zeros([BV, BK], dtype=tl.float32)
     if p_initial is not None:
-        source = (i_piece.to(tl.int64) if SPLIT else slot) * initial_stride + i_head * (DK * DV)
-        is_state = (o_column < DV)[:, None] & (o_k < DK)[None, :]
-        b_state += tl.load(p_initial + source + o_k[None, :] * DV + o_column[:, None], is_state, other=0.0)
-
-    first_stop, stops = 0, 0
-    if BS > 0:
-        # A snapshot belongs to the tokens before it, but one after 0 tokens to the first.
-        after = tl.load(p_after + tl.arange(0, BS), tl.arange(0, BS) < snapshots, other=2147483647)
-        lowest = tl.where(begin == 0, 0, begin + 1)
-        first_stop = tl.sum((after < lowest).to(tl.int32))
-        stops = tl.sum((after <= end).to(tl.int32)) - first_stop
-    # These two would not be fetched ahead by the compiler, because no product has them as an operand.
-    p_q_scale = p_scales + (chunk * HV + i_head) * (4 * L) + 3 * L + o_row
-    if p_output is not None:
-        q_scale = tl.load(p_q_scale)
-    decay = tl.load(p_decay + chunk * HV + i_head)
-    token = begin
-    for i_stop in range(stops + 1):
-        stop = end
-        if BS > 0:
-            # The walk halts before the chunk that holds the snapshot, so that its loop stays simple.
-            position = tl.load(p_after + first_stop + i_stop, i_stop < stops, other=0)
-            stop = tl.where(i_stop < stops, begin + tl.maximum(position - begin - 1, 0) // L * L, end)
-        for i_token in range(token, stop, L):
-            row = begin_row + (i_token - begin)
-            i_system = (chunk + (i_token - begin) // L) * HV + i_head
-            p_scale = p_scales + i_system * (4 * L)
-            b_k = load_rows(p_k, row, K_ROW, o_k, DK, end - i_token, L)
-            b_v = load_rows(p_v, row, V_ROW, o_column, DV, end - i_token, L)
-            if p_output is not None:
-                b_q = load_rows(p_q, row, Q_ROW, o_k, DK, end - i_token, L)
-            b_inverse = load_square(p_inverse + i_system * (L * L), L)
-            if p_output is not None:
-                b_attention = load_square(p_attention + i_system * (L * L), L)
-            left = tl.load(p_scale + 2 * L + o_row)
-            i_next = tl.where(i_token + L < end, i_system + HV, i_system)
-            next_decay = tl.load(p_decay + i_next)
-            if p_output is not None:
-                next_q_scale = tl.load(p_scales + i_next * (4 * L) + 3 * L + o_row)
-            if p_states is not None:
-                store_state(p_states + i_system * (DK * DV), b_state, o_column, DV, DK, BK)
-            if p_output is not None:
-                b_output = dot(b_state.to(b_q.dtype), tl.trans(b_q)) * q_scale[None, :]
-            b_written, b_state = _advance(b_state, b_k, b_v, b_inverse, p_scale, left, decay, L)
-            o_output = ((row + o_row) * HV + i_head)[None, :] * DV + o_column[:, None]
-            is_output = (o_row < end - i_token)[None, :] & (o_column < DV)[:, None]
-            if p_output is not None:
-                b_output = dot(b_written.to(b_q.dtype), tl.trans(b_attention), b_output)
-                tl.store(p_output + o_output, b_output.to(p_output.dtype.element_ty), is_output)
-            if p_written is not None:
-                tl.store(p_written + o_output, b_written.to(p_written.dtype.element_ty), is_output)
-            if p_output is not None:
-                q_scale = next_q_scale
-            decay = next_decay
-        token = tl.maximum(token, stop)
-        if BS > 0:
-            is_snapshot = i_stop < stops
-            if is_snapshot:
-                row, count = begin_row + (stop - begin), position - stop
-                i_system = (chunk + (stop - begin) // L) * HV + i_head
-                b_k = load_rows(p_k, row, K_ROW, o_k, DK, count, L)
-                b_v = load_rows(p_v, row, V_ROW, o_column, DV, count, L)
-                b_inverse = load_square(p_inverse + i_system * (L * L), L)
-                sums = tl.load(p_sums + (row + o_row) * HV + i_head, o_row < count, other=0.0)
-                last = tl.load(p_sums + (row + count - 1) * HV + i_head, count > 0, other=0.0)
-                rstd = tl.load(p_rstd_k + (row + o_row) * HK + i_head // (HV // HK), o_row < count, other=0.0)
-                left = tl.exp(tl.where(o_row < count, last - sums, 0.0).to(tl.float32)) * rstd
-                p_scale = p_scales + i_system * (4 * L)
-                survived = tl.exp(last.to(tl.float32))
-                _, b_snapshot = _advance(b_state, b_k, b_v, b_inverse, p_scale, left, survived, L)
-                target = tl.load(p_snapshot_slots + first_stop + i_stop).to(tl.int64) * final_stride
-                store_state(p_final + target + i_head * (DK * DV), b_snapshot, o_column, DV, DK, BK)
-    if p_final is not None and is_last:
-        store_state(p_final + slot * final_stride + i_head * (DK * DV), b_state, o_column, DV, DK, BK)
-
-
-@triton.jit
-def summarise_kernel(
-    p_k, p_v, p_inverse, p_scales, p_decay, p_summaries, p_cu_seqlens, p_first_chunk, p_first_piece, p_sequences,
-    piece_size, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, VALUES: tl.constexpr,
-):  # fmt: skip
-    """What a piece that is not the last does to its entering state, `S <- M S + B`: `[B | M]`, `[DK, VALUES + BK]`.
-
-    B is what the piece leaves of a zero state, column j of M what it leaves of the unit vector j where every v is 0.
-    """
-    i_column, i_head, i_piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_sequence = tl.load(p_sequences + i_piece)
-    number = i_piece - tl.load(p_first_piece + i_sequence)
-    begin = tl.load(p_cu_seqlens + i_sequence) + number * piece_size
-    if tl.load(p_cu_seqlens + i_sequence + 1) - begin > piece_size:
-        begin_row = begin.to(tl.int64)
-        chunk = (tl.load(p_first_chunk + i_sequence) + number * (piece_size // L)).to(tl.int64)
-        o_column, o_k = i_column * BV + tl.arange(0, BV), tl.arange(0, BK)
-        b_state = tl.where(o_k[None, :] == o_column[:, None] - VALUES, 1.0, 0.0)
-        decay = tl.load(p_decay + chunk * HV + i_head)
-        for i_chunk in range(piece_size // L):
-            row = begin_row + i_chunk * L
-            i_system = (chunk + i_chunk) * HV + i_head
-            p_scale = p_scales + i_system * (4 * L)
-            b_k = load_rows(p_k + i_head // (HV // HK) * DK, row, K_ROW, o_k, DK, L, L)
-            b_v = load_rows(p_v + i_head * DV, row, V_ROW, o_column, DV, L, L)
-            b_inverse = load_square(p_inverse + i_system * (L * L), L)
-            left = tl.load(p_scale + 2 * L + tl.arange(0, L))
-            # The next piece has another chunk, so there always is one.
-            next_decay = tl.load(p_decay + i_system + HV)
-            _, b_state = _advance(b_state, b_k, b_v, b_inverse, p_scale, left, decay, L)
-            decay = next_decay
-        target = (i_piece.to(tl.int64) * HV + i_head) * (DK * (VALUES + BK))
-        store_state(p_summaries + target, b_state, o_column, VALUES + BK, DK, BK)
-
-
-@triton.jit
-def combine_kernel(
-    p_summaries, p_initial, p_entering, p_first_piece, p_slots, initial_stride,
-    HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    VALUES: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """The state that enters each piece of one sequence: `S <- M S + B`, piece after piece."""
-    i_column, i_head, i_sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    o_k, o_column = tl.arange(0, BK), i_column * BV + tl.arange(0, BV)
-    o_state = o_k[:, None] * DV + o_column[None, :]
-    is_state = (o_k < DK)[:, None] & (o_column < DV)[None, :]
-    is_square = (o_k < DK)[:, None] & (o_k < DK)[None, :]
-    b_state = tl.zeros([BK, BV], dtype=tl.float32)
-    first = tl.load(p_first_piece + i_sequence)
-    pieces = tl.load(p_first_piece + i_sequence + 1) - first
-    if p_initial is not None:
-        slot = (tl.load(p_slots + i_sequence) if SLOTS else i_sequence).to(tl.int64)
+        slot = tl.cast(i_sequence if p_slots is None else tl.load(p_slots + i_sequence), tl.int64)
         p_source = p_initial + slot * initial_stride + i_head * (DK * DV)
-        b_state += tl.load(p_source + o_state, is_state & (pieces > 0), other=0.0)
-    for i_piece in range(pieces):
-        i_state = (first.to(tl.int64) + i_piece) * HV + i_head
-        tl.store(p_entering + i_state * (DK * DV) + o_state, b_state, is_state)
-        if i_piece < pieces - 1:
-            p_summary = p_summaries + i_state * (DK * (VALUES + BK)) + o_k[:, None] * (VALUES + BK)
-            b_addition = tl.load(p_summary + o_column[None, :], is_state, other=0.0)
-            b_transition = tl.load(p_summary + VALUES + o_k[None, :], is_square, other=0.0)
-            b_state = dot(b_transition, b_state, b_addition)
+        is_state = (o_column < DV)[:, None] & (o_k < DK)[None, :]
+        b_state += tl.load(p_source + o_k[None, :] * DV + o_column[:, None], is_state, other=0.0).to(tl.float32)
+    first_part, last_part = i_sequence, i_sequence + 1
+    if p_first_part is not None:
+        first_part, last_part = tl.load(p_first_part + i_sequence), tl.load(p_first_part + i_sequence + 1)
+    for i_part in range(first_part, last_part):
+        begin = tl.load(p_cu_parts + i_part)
+        length = tl.load(p_cu_parts + i_part + 1) - begin
+        first_system = tl.load(p_first_chunk + i_part).to(tl.int64) * HV + i_head
+        chunks = tl.cdiv(length, L)
+        # These two would not be fetched ahead by the compiler, because no product has them as an operand.
+        q_scale = tl.load(p_scales + first_system * (4 * L) + 3 * L + o_row, (o_row < L) & (chunks > 0), other=0.0)
+        decay = tl.load(p_decay + first_system, chunks > 0, other=0.0)
+        for number in range(chunks):
+            row, count = begin.to(tl.int64) + number * L, length - number * L
+            i_system = first_system + number * HV
+            p_scale = p_scales + i_system * (4 * L)
+            b_k = load_rows(p_k, row, K_ROW, o_k, DK, count, L)
+            b_v = load_rows(p_v, row, V_ROW, o_column, DV, count, L)
+            b_q = load_rows(p_q, row, Q_ROW, o_k, DK, count, L)
+            b_inverse = load_square(p_inverse + i_system * (L * L), L)
+            b_attention = load_square(p_attention + i_system * (L * L), L)
+            left = tl.load(p_scale + 2 * L + o_row)
+            i_next = tl.where(number + 1 < chunks, i_system + HV, i_system)
+            next_decay = tl.load(p_decay + i_next)
+            next_q_scale = tl.load(p_scales + i_next * (4 * L) + 3 * L + o_row)
+            b_output = dot(b_state.to(b_q.dtype), tl.trans(b_q)) * q_scale[None, :]
+            b_written, b_state = _advance(b_state, b_k, b_v, b_inverse, p_scale, left, decay, L)
+            b_output = dot(b_written.to(b_q.dtype), tl.trans(b_attention), b_output)
+            o_output = ((row + o_row) * HV + i_head)[None, :] * DV + o_column[:, None]
+            is_output = (o_row < count)[None, :] & (o_column < DV)[:, None]
+            tl.store(p_output + o_output, b_output.to(p_output.dtype.element_ty), is_output)
+            q_scale, decay = next_q_scale, next_decay
+        if p_targets is None or p_first_part is not None or length > 0:
+            target = tl.cast(i_part if p_targets is None else tl.load(p_targets + i_part), tl.int64)
+            store_state(p_final + target * final_stride + i_head * (DK * DV), b_state, o_column, DV, DK, BK)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qwen3_next.ops.backend import refuses
 from qwen3_next.ops.gated_delta import GatedDeltaOutput
-from qwen3_next.ops.gated_delta_chunk_triton import ChunkSystems, States, scan_chunks, solve_chunks, walk
+from qwen3_next.ops.gated_delta_chunk_triton import ChunkSystems, Course, scan_chunks, solve_chunks, walk
 from qwen3_next.ops.segments import Segments
 from qwen3_next.ops.snapshots import Snapshots
 
@@ -58,9 +58,6 @@ def _slots_refusal(
     slots: Tensor,
     snapshots: Snapshots | None = None,
 ) -> str | None:
-    if q.is_cuda and snapshots is not None:
-        # Right in the interpreter, wrong as Triton 3.6 compiles it for Hopper.
-        return "calls without snapshots, until those of the kernels agree with the definition's on every card"
     if not states[:1].is_contiguous():
         return f"states that are contiguous within a slot, not with strides {states.stride()}"
     return _unfit(q, k, v)
@@ -98,8 +95,8 @@ def gated_delta_rule_(
     snapshots: Snapshots | None = None,
 ) -> Float[Tensor, "T Hv Dv"]:
     """Twin of `gated_delta.gated_delta_rule_`: the states are read from their slots and written there, never copied."""
-    systems = solve_chunks(q, k, log_decay, beta, segments)
-    return walk(q, k, v, systems, segments, States(states, states, slots, snapshots))
+    course = Course.through_slots(segments, states, slots, snapshots)
+    return walk(q, k, v, solve_chunks(q, k, log_decay, beta, course.parts), course)
 
 
 class _GatedDeltaRule(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Int
@@ -53,3 +54,49 @@ class Snapshots:
             taken = range(first, start + length + 1) if length else range(0)
             found.append([i for i, position in enumerate(self.positions) if position in taken])
         return found
+
+    @cached_property
+    def stretches(self) -> "dict[Segments, Stretches]":
+        """What `cut` has found, by segments."""
+        return {}
+
+    def cut(self, segments: Segments) -> "Stretches":
+        """The sequences in stretches that end where a copy is taken, found once for the layers of a forward pass."""
+        if segments not in self.stretches:
+            self.stretches[segments] = Stretches.of(segments, self)
+        return self.stretches[segments]
+
+
+@dataclass(frozen=True, eq=False)
+class Stretches:
+    """Sequences cut where copies of their states are taken. A sequence without tokens has no stretch.
+
+    Attributes:
+        segments: the stretches one after the other, as if they were sequences; some may be empty.
+        first: `[N+1]` int32: the stretches `first[n]:first[n+1]` are those of sequence n.
+        owners: `[P]` int64: where the state after each stretch goes: i < N is the place of sequence i, N + i that of
+            copy i.
+    """
+
+    segments: Segments
+    first: Int[Tensor, "N+1"]
+    owners: Int[Tensor, "P"]
+
+    @classmethod
+    def of(cls, segments: Segments, snapshots: Snapshots) -> "Stretches":
+        """Cut on the host, which knows all borders."""
+        lengths: list[int] = []
+        first, owners = [0], list[int]()
+        for n, copies in enumerate(snapshots.by_sequence(segments)):
+            position = segments.starts[n]
+            for i in copies:
+                lengths.append(snapshots.positions[i] - position)
+                owners.append(segments.count + i)
+                position = snapshots.positions[i]
+            if segments.lengths[n]:
+                lengths.append(segments.starts[n] + segments.lengths[n] - position)
+                owners.append(n)
+            first.append(len(lengths))
+        device = segments.device
+        borders = to_device(torch.tensor(first, dtype=torch.int32), device)
+        return cls(Segments.from_lengths(lengths, device), borders, to_device(torch.tensor(owners), device))
