@@ -43,7 +43,7 @@ class PackedOutput:
 class Wanted:
     """Which intermediate results a forward pass shall keep.
 
-    Those of the router are two numbers per token, expert and layer: a long prompt's are gigabytes that only losses read.
+    Those of the router are two numbers per token, expert and layer: gigabytes of a long prompt, which only losses read.
     """
 
     stream: bool = False

@@ -313,31 +313,6 @@ def _experts(s: Sizes) -> Iterator[Sample]:
             )
 
 
-def _pages(s: Sizes) -> Iterator[Sample]:
-    """Prompts that go on from a cache, and a few tokens of each sequence, whose cache may be shorter than that."""
-    few = tuple(min(3, length) for length in s.lengths)
-
-    def memory(dtype: torch.dtype) -> KeyPages:
-        each = 2 + max(s.lengths) // PAGE
-        keys, values = (_normal(dtype, each * len(s.lengths), PAGE, s.kv_heads, s.head_width) for _ in range(2))
-        table = torch.randperm(len(keys), dtype=torch.int32).view(len(s.lengths), each)
-        before = torch.tensor([0, 3, PAGE, PAGE - 1][: len(s.lengths)], dtype=torch.int32)
-        return KeyPages(keys, values, table, before + torch.tensor(s.lengths, dtype=torch.int32))
-
-    def make(dtype: torch.dtype, lengths: tuple[int, ...]) -> tuple[Any, ...]:
-        q, gate = _normal(dtype, sum(lengths), s.heads, 2 * s.head_width).chunk(2, dim=-1)
-        return q, memory(dtype), _segments(lengths), gate
-
-    def make_new(dtype: torch.dtype) -> tuple[Any, ...]:
-        k, v = _normal(dtype, s.tokens, s.kv_heads, 2 * s.head_width).chunk(2, dim=-1)
-        return k, v, memory(dtype), _segments(s.lengths)
-
-    for lengths in (s.lengths, few):
-        make_some = partial(make, lengths=lengths)
-        yield Sample(operation="paged_attention", make=make_some, run=paged_attention)
-    yield Sample(operation="write_pages_", make=make_new, run=_on_copies(write_pages_, 2))
-
-
 def _head(s: Sizes) -> Iterator[Sample]:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         hidden, weight = _normal(dtype, s.tokens, s.hidden), _normal(dtype, s.vocabulary, s.hidden)
