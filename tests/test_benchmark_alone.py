@@ -36,7 +36,7 @@ def test_a_layer_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @contextmanager
     def other_weights(_: str) -> Iterator[None]:
-        weight = model.model.layers[2].input_layernorm.weight
+        weight = model.get_parameter("model.layers.2.input_layernorm.weight")
         kept = weight.clone()
         weight += 0.2
         yield
@@ -49,7 +49,8 @@ def test_a_layer_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @torch.inference_mode()
 def test_kernels_agree_with_definitions_in_every_layer_of_prompts_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alone, "CHECKED", ((20, 0, 9), (1, 1, 1), (2, 1, 3)))
-    model = alone.random_model(SETTINGS, "cpu", fp8=False, dtype=torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = alone.random_model(SETTINGS, device, fp8=False, dtype=torch.float32)
     with use("triton"):
         assert alone.difference(model) < 1e-5
 
