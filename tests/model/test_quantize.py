@@ -111,9 +111,10 @@ def test_quantising_twice_changes_nothing_more() -> None:
 
 def test_a_model_with_adapters_or_without_weights_is_refused_and_left_alone() -> None:
     adapted = wide_model(), wide_model()
-    for model, targets in zip(adapted, (["q_proj"], ["gate_proj", "up_proj", "down_proj"]), strict=True):
-        get_peft_model(model, LoraConfig(target_modules=targets))
-        with pytest.raises(InputError, match=r"(q_proj|experts|gate_proj) is a .*peft.*before adapters"):
+    settings = {"target_modules": ["q_proj"]}, {"target_modules": [], "target_parameters": ["experts.gate_up_proj"]}
+    for model, adapters in zip(adapted, settings, strict=True):
+        get_peft_model(model, LoraConfig(**adapters))
+        with pytest.raises(InputError, match=r"(q_proj|experts) is a .*peft.*before adapters"):
             quantize_(model)
     with torch.device("meta"):
         empty = Qwen3NextForCausalLM(tiny_model().config)
