@@ -1,9 +1,14 @@
 """The benchmark of the whole network compares before it times, and its floors are what the arithmetic says."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from benchmarks import alone
 from tests.conftest import tiny_config
+
+from qwen3_next.ops import use
 
 SETTINGS = {name: getattr(tiny_config(), name) for name in alone.PUBLISHED}
 
@@ -23,6 +28,30 @@ def test_the_network_is_compared_with_its_definition_in_prompts_and_steps(fp8: b
     model = alone.random_model(SETTINGS, "cpu", fp8)
     assert model.dtype == torch.bfloat16
     assert alone.difference(model) == 0  # on a CPU both are the definition
+
+
+@torch.inference_mode()
+def test_a_layer_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = alone.random_model(SETTINGS, "cpu", fp8=False)
+
+    @contextmanager
+    def other_weights(_: str) -> Iterator[None]:
+        weight = model.model.layers[2].input_layernorm.weight
+        kept = weight.clone()
+        weight += 0.2
+        yield
+        weight.copy_(kept)
+
+    monkeypatch.setattr(alone, "use", other_weights)
+    assert alone.difference(model) > alone.TOLERANCE
+
+
+@torch.inference_mode()
+def test_kernels_agree_with_definitions_in_every_layer_of_prompts_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alone, "CHECKED", ((20, 0, 9), (1, 1, 1), (2, 1, 3)))
+    model = alone.random_model(SETTINGS, "cpu", fp8=False, dtype=torch.float32)
+    with use("triton"):
+        assert alone.difference(model) < 1e-5
 
 
 @torch.inference_mode()
