@@ -110,15 +110,17 @@ def test_quantising_twice_changes_nothing_more() -> None:
 
 
 def test_a_model_with_adapters_or_without_weights_is_refused_and_left_alone() -> None:
-    model = wide_model()
-    get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(InputError, match=r"q_proj is a Linear; quantise the model before adapters"):
-        quantize_(model)
+    adapted = wide_model(), wide_model()
+    settings = {"target_modules": ["q_proj"]}, {"target_modules": [], "target_parameters": ["experts.gate_up_proj"]}
+    for model, adapters in zip(adapted, settings, strict=True):
+        get_peft_model(model, LoraConfig(**adapters))
+        with pytest.raises(InputError, match=r"(q_proj|experts) is a .*peft.*before adapters"):
+            quantize_(model)
     with torch.device("meta"):
         empty = Qwen3NextForCausalLM(tiny_model().config)
     with pytest.raises(InputError, match="load the whole model"):
         quantize_(empty)
-    for some in (model, empty):
+    for some in (*adapted, empty):
         assert all(weight.dtype != torch.float8_e4m3fn for weight in some.parameters())
 
 

@@ -29,11 +29,9 @@ class Linear(nn.Linear):
     `weight_scale_inv` holds the scales of an e4m3 weight, see `quantize_`; None beside an ordinary one.
     """
 
-    weight_scale_inv: Float[Tensor, "OB IB"] | None
-
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias)
-        self.register_buffer("weight_scale_inv", None)
+        self.weight_scale_inv: Float[Tensor, "OB IB"] | None = None
 
     def forward(self, input: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
         """`weight input + bias` for every row of `input`, which torch named."""
@@ -41,9 +39,9 @@ class Linear(nn.Linear):
 
     @property
     def is_plain(self) -> bool:
-        """Whether weight and scales are all that a call reads: no hook acts on it, and nothing of it is offloaded."""
+        """Whether a call is a product with the weight and nothing else: no hook acts, as those of offloading do."""
         hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
-        return not hooks and "forward" not in vars(self) and not self.weight.is_meta
+        return not hooks and "forward" not in vars(self)
 
 
 class ZeroCentredNorm(nn.Module):

@@ -30,16 +30,13 @@ class Experts(nn.Module):
     Where these are block-fp8, `gate_up_proj_scale_inv` and `down_proj_scale_inv` hold their scales, see `ExpertScales`.
     """
 
-    gate_up_proj_scale_inv: Float[Tensor, "E 2FB DB"] | None
-    down_proj_scale_inv: Float[Tensor, "E DB FB"] | None
-
     def __init__(self, config: Qwen3NextConfig) -> None:
         super().__init__()
         experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
-        self.register_buffer("gate_up_proj_scale_inv", None)
-        self.register_buffer("down_proj_scale_inv", None)
+        self.gate_up_proj_scale_inv: Float[Tensor, "E 2FB DB"] | None = None
+        self.down_proj_scale_inv: Float[Tensor, "E DB FB"] | None = None
         self.register_load_state_dict_pre_hook(_take_single_experts)
 
     def forward(

@@ -31,18 +31,18 @@ def quantize_(model: nn.Module) -> None:
     Raises:
         InputError: a weight is offloaded, or an adapter has taken the place of a layer; nothing is changed then.
     """
-    linears = [(name, m) for name, m in model.named_modules() if name.rpartition(".")[2] in QUANTIZED]
-    experts = [m for m in model.modules() if isinstance(m, Experts)]
-    for name, module in linears:
-        if not isinstance(module, Linear):
-            raise InputError(f"{name} is a {type(module).__name__}; quantise the model before adapters are added.")
+    chosen = [
+        (name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in QUANTIZED | {"experts"}
+    ]
+    for name, module in chosen:
+        if not isinstance(module, Linear | Experts):
+            raise InputError(f"{name} is a {type(module)}; quantise the model before adapters are added.")
     if any(p.is_meta for p in model.parameters()):
         raise InputError("some weights are offloaded or have no values; load the whole model before quantising it.")
-    for _, module in linears:
+    for _, module in chosen:
         if isinstance(module, Linear) and module.weight_scale_inv is None:
-            module.weight, module.weight_scale_inv = _frozen(quantize_block_fp8(module.weight))
-    for module in experts:
-        if module.gate_up_proj_scale_inv is None:
+            _replace_(module, "weight", quantize_block_fp8(module.weight))
+        if isinstance(module, Experts) and module.gate_up_proj_scale_inv is None:
             _quantize_experts_(module)
 
 
@@ -51,8 +51,8 @@ def _quantize_experts_(module: Experts) -> None:
     # Gate and up apart, so that no block lies across their border.
     values, scales = _in_turns(module.gate_up_proj.view(2 * count, rows // 2, hidden))
     gate_up = BlockFp8(values.view(count, rows, hidden), scales.view(count, -1, scales.shape[-1]))
-    module.gate_up_proj, module.gate_up_proj_scale_inv = _frozen(gate_up)
-    module.down_proj, module.down_proj_scale_inv = _frozen(_in_turns(module.down_proj))
+    _replace_(module, "gate_up_proj", gate_up)
+    _replace_(module, "down_proj", _in_turns(module.down_proj))
 
 
 def _in_turns(weight: Tensor) -> BlockFp8:
@@ -61,5 +61,7 @@ def _in_turns(weight: Tensor) -> BlockFp8:
     return BlockFp8(torch.cat([p.values for p in parts]), torch.cat([p.scale_inv for p in parts]))
 
 
-def _frozen(weight: BlockFp8) -> tuple[nn.Parameter, Tensor]:
-    return nn.Parameter(weight.values, requires_grad=False), weight.scale_inv
+def _replace_(module: nn.Module, name: str, weight: BlockFp8) -> None:
+    setattr(module, name, nn.Parameter(weight.values, requires_grad=False))
+    delattr(module, f"{name}_scale_inv")  # None, as a plain attribute, which is quicker to look up than a buffer
+    module.register_buffer(f"{name}_scale_inv", weight.scale_inv)

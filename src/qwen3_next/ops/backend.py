@@ -127,6 +127,8 @@ def _interprets() -> bool:
 
 
 def _cuda_device(args: tuple[object, ...], kwargs: dict[str, object]) -> torch.device | None:
+    if not torch.cuda.is_initialized():  # so there is no such tensor, and small models on a CPU feel every microsecond
+        return None
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor) and value.is_cuda:
             return value.device
