@@ -20,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TypeVar
 
 __all__ = ["Match", "MatchEnd", "PageNode", "PrefixCache", "Snapshot"]
 
@@ -198,23 +199,19 @@ class PrefixCache:
     def evict_page(self) -> bool:
         """Give back the page that nobody needed for the longest time, and what hangs on it. False: all are in use."""
         while self._page_queue:
-            used, _, item = heapq.heappop(self._page_queue)
-            if not item.alive or item.users or item.used != used:
-                continue
-            if isinstance(item, Snapshot):
-                self._drop_snapshot(item)
-                return True
-            if not item.children:
-                self._drop_page(item)
+            entry = heapq.heappop(self._page_queue)
+            if _is_candidate(entry):
+                item = entry[2]
+                self._drop_snapshot(item) if isinstance(item, Snapshot) else self._drop_page(item)
                 return True
         return False
 
     def evict_slot(self) -> bool:
         """Give back the slot of the snapshot that nobody needed for the longest time. False: there is none."""
         while self._slot_queue:
-            used, _, snapshot = heapq.heappop(self._slot_queue)
-            if snapshot.alive and not snapshot.users and snapshot.used == used:
-                self._drop_snapshot(snapshot)
+            entry = heapq.heappop(self._slot_queue)
+            if _is_candidate(entry):
+                self._drop_snapshot(entry[2])
                 return True
         return False
 
@@ -277,7 +274,9 @@ class PrefixCache:
         last, start, size = path[-1], path[-1].depth * self.page_size, self.page_size
         following = tuple(tokens[start : min(limit, start + size)])
         tails = (following[:length] for length in range(len(following), position - start, -1))
-        if hash((last.chain, following)) in self._forgotten or any(self._name(last, t) in self._forgotten for t in tails):
+        if hash((last.chain, following)) in self._forgotten or any(
+            self._name(last, t) in self._forgotten for t in tails
+        ):
             return MatchEnd.EVICTED
         return MatchEnd.WHOLE if limit - position < size else MatchEnd.NO_PAGES
 
@@ -288,12 +287,19 @@ class PrefixCache:
 
     def _queue_page(self, node: PageNode) -> None:
         if node is not self.root and not node.users and not node.children:
-            heapq.heappush(self._page_queue, (node.used, next(self._tickets), node))
+            self._push(self._page_queue, node)
 
     def _queue_snapshot(self, snapshot: Snapshot) -> None:
-        heapq.heappush(self._slot_queue, (snapshot.used, next(self._tickets), snapshot))
+        self._push(self._slot_queue, snapshot)
         if snapshot.tail_page is not None:
-            heapq.heappush(self._page_queue, (snapshot.used, next(self._tickets), snapshot))
+            self._push(self._page_queue, snapshot)
+
+    def _push(self, queue: "list[tuple[int, int, _Item]]", item: "_Item") -> None:
+        heapq.heappush(queue, (item.used, next(self._tickets), item))
+        # A cache that never fills up never pops: forget entries that are no longer true before they are too many.
+        if len(queue) > 2 * (self.idle_pages + self.idle_slots) + 1024:
+            queue[:] = {id(entry[2]): entry for entry in queue if _is_candidate(entry)}.values()
+            heapq.heapify(queue)
 
     def _drop_page(self, node: PageNode) -> None:
         for snapshot in list(node.snapshots.values()):
@@ -327,3 +333,14 @@ class PrefixCache:
         self._forgotten[name] = None
         if len(self._forgotten) > REMEMBERED:
             self._forgotten.popitem(last=False)
+
+
+_Item = TypeVar("_Item", PageNode, Snapshot, PageNode | Snapshot)
+
+
+def _is_candidate(entry: tuple[int, int, PageNode | Snapshot]) -> bool:
+    """Whether an entry of a queue of eviction is still true."""
+    used, _, item = entry
+    if not item.alive or item.users or item.used != used:
+        return False
+    return isinstance(item, Snapshot) or not item.children

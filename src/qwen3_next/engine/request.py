@@ -1,6 +1,5 @@
 """A request: what is asked for, how far it has come, and what is reported of it. No torch."""
 
-import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any, Literal, NoReturn
 
 from qwen3_next.errors import InputError, Qwen3NextError
 
-__all__ = ["FinishReason", "Request", "RequestOutput", "SamplingParams", "Status", "Structured"]
+__all__ = ["FinishReason", "Request", "RequestOutput", "SamplingParams", "Status", "Structured", "common_prefix"]
 
 MOST_LOGPROBS = 100
 """Log-probabilities of the likeliest tokens that one position may report."""
@@ -264,9 +263,15 @@ class RequestOutput:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences have in common from the start."""
-    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
-    return sum(1 for _ in pairs)
+    """How many tokens two sequences have in common from the start; by comparing slices, since prompts are long."""
+    known, most = 0, min(len(a), len(b))
+    while known < most:
+        middle = (known + most + 1) // 2
+        if a[known:middle] == b[known:middle]:
+            known = middle
+        else:
+            most = middle - 1
+    return known
 
 
 def _number(name: str, value: Any, least: float, most: float, remedy: str, *, above: bool = False) -> None:

@@ -1,0 +1,492 @@
+"""Which sequences take part in the next call of the model, and with how many tokens. No torch.
+
+Every request has a rank, fixed when it comes: the number of the call at which it came, less `priority * aging`. Ranks
+only ever rise, so each request in time is the first, and the first is never preempted and always goes on: nobody
+starves. Steps (decodes and verifications) are in every call, the rest of the token budget goes to chunks of prompts by
+rank. A request is admitted with the pages of its whole prompt. Where a page is missing, unused pages of the prefix cache
+are evicted, then the request of the last rank is preempted: its pages and its state go to the prefix cache, from where
+it will start again as far as they survive. Where nobody of a later rank is left, the request keeps what it has and waits.
+
+Plans may be made ahead of the commits of earlier ones. Pages and slots of a request are given back only when none of its
+calls is in flight; so preemption, abort and the end of a request may take until the commit of the last of them.
+"""
+
+import itertools
+from bisect import insort
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from qwen3_next.engine.memory import Memory
+from qwen3_next.engine.plan import Plan, ScheduledSequence, SequenceResult, SnapshotOrder
+from qwen3_next.engine.prefix_cache import Match, MatchEnd
+from qwen3_next.engine.request import FinishReason, Request, RequestOutput, Status, common_prefix
+from qwen3_next.errors import CapacityError, InputError, Qwen3NextError
+
+__all__ = ["Scheduler", "SchedulerConfig", "SchedulerFigures"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """The limits of a scheduler.
+
+    Attributes:
+        max_sequences: sequences in a call, and requests that own memory.
+        token_budget: tokens in a call; more than all steps can need, so that prompts always go on.
+        max_context: tokens of prompt and output together.
+        max_drafts: proposals per step.
+        snapshot_stride: keep a state every so many tokens of a long prompt.
+        aging: steps that one level of priority counts as.
+        prefix_cache: whether requests share pages and states.
+        eos_token_ids: the model's own end tokens.
+    """
+
+    max_sequences: int
+    token_budget: int
+    max_context: int
+    max_drafts: int = 0
+    snapshot_stride: int = 8192
+    aging: int = 256
+    prefix_cache: bool = True
+    eos_token_ids: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_sequences", 1), ("max_context", 2), ("max_drafts", 0), ("snapshot_stride", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} = {getattr(self, name)} cannot be served. Allowed: at least {least}.")
+        steps = self.max_sequences * (1 + self.max_drafts)
+        if self.token_budget <= steps:
+            raise InputError(
+                f"token_budget = {self.token_budget} cannot be served. Allowed: above max_sequences * (1 + max_drafts) "
+                f"= {steps}, or prompts would wait for ever. Raise it, or lower max_sequences."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerFigures:
+    """Counts since the start, and the queues as they are.
+
+    Attributes:
+        matches: why lookups in the prefix cache ended where they did.
+        cached_tokens: that lookups found, of `looked_up_tokens`.
+    """
+
+    waiting: int
+    running: int
+    preemptions: int
+    looked_up_tokens: int
+    cached_tokens: int
+    matches: dict[MatchEnd, int]
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A request and what only the scheduler needs to know of it.
+
+    Attributes:
+        flights: its share of each call that is planned and not committed.
+        snapshots: positions at which states are wanted.
+        awaited: the entry whose prompt this one waits for, to share it up to a position.
+        survives: whether the slot still holds the state of the committed tokens when the last flight has landed.
+    """
+
+    request: Request
+    rank: tuple[int, int]
+    flights: deque[ScheduledSequence] = field(default_factory=deque[ScheduledSequence])
+    snapshots: set[int] = field(default_factory=set[int])
+    awaited: "tuple[_Entry, int] | None" = None
+    survives: bool = True
+
+    def next_start(self) -> tuple[int, int]:
+        """Where the next call starts, if no draft in flight is accepted, and how much later if all are."""
+        start, uncertain = self.request.computed, 0
+        for flight in self.flights:
+            if flight.awaits_verdict:
+                start, uncertain = start + 1, uncertain + flight.drafts
+            else:
+                start = flight.end
+        return start, uncertain
+
+
+def _rank(entry: _Entry) -> tuple[int, int]:
+    return entry.rank
+
+
+class Scheduler:
+    """Plans calls of the model for requests in any state of completion, on memory that they share."""
+
+    def __init__(self, config: SchedulerConfig, memory: Memory) -> None:
+        """Schedule on this memory.
+
+        Raises:
+            CapacityError: one request of `max_context` tokens does not fit the memory.
+        """
+        room = (memory.page_count - 2) * memory.page_size
+        if config.max_context > room:
+            raise CapacityError(
+                f"max_context = {config.max_context} does not fit {memory.page_count} pages of {memory.page_size} "
+                f"tokens. Allowed: at most {room} (one page is reserved and one is for a copy). Lower max_context."
+            )
+        self.config, self.memory = config, memory
+        self._entries: dict[str, _Entry] = {}
+        self._waiting: list[_Entry] = []
+        self._running: list[_Entry] = []
+        self._plans: deque[Plan] = deque()
+        self._reports: list[RequestOutput] = []
+        self._arrivals = itertools.count()
+        self._planned = 0
+        self._counts: Counter[str] = Counter()
+        self._matches: Counter[MatchEnd] = Counter()
+
+    def add(self, request: Request) -> None:
+        """Queue a new request.
+
+        Raises:
+            CapacityError: its prompt leaves no room for a token in the context.
+            InputError: another unfinished request has the same id.
+        """
+        if len(request.prompt) >= self.config.max_context:
+            raise CapacityError(
+                f"request {request.request_id!r}: {len(request.prompt)} tokens of prompt cannot be served. Allowed: at "
+                f"most {self.config.max_context - 1}, one less than the context. Shorten the prompt."
+            )
+        if request.request_id in self._entries or request.params.n != 1:
+            raise InputError(
+                f"request {request.request_id!r} with n = {request.params.n} cannot be queued. Allowed: an id that no "
+                "unfinished request has, and n = 1. Choose another id; queue each of Request.samples()."
+            )
+        request.arrival = self._planned
+        entry = _Entry(request, (self._planned - request.priority * self.config.aging, next(self._arrivals)))
+        self._entries[request.request_id] = entry
+        insort(self._waiting, entry, key=_rank)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request; the next commit reports it. False: it has ended already, or never was."""
+        entry = self._entries.get(request_id)
+        if entry is None or entry.request.finish is not None:
+            return False
+        self._end(entry, FinishReason.ABORT)
+        self._reports.append(RequestOutput.of(entry.request))
+        return True
+
+    def plan(self, next_drafts: int = 0) -> Plan:
+        """Choose the sequences of the next call.
+
+        Args:
+            next_drafts: how many proposals each step leaves for the next, at most `max_drafts`; the proposals that
+                earlier calls left are verified whatever it is.
+        """
+        self._planned += 1
+        sequences = self._plan_steps(min(next_drafts, self.config.max_drafts))
+        budget = self.config.token_budget - sum(sequence.length for sequence in sequences)
+        sequences += self._plan_chunks(budget, min(next_drafts, self.config.max_drafts))
+        plan = Plan(self._planned, tuple(sorted(sequences, key=lambda one: not one.awaits_verdict)))
+        self._plans.append(plan)
+        return plan
+
+    def commit(self, plan: Plan, results: Sequence[SequenceResult]) -> list[RequestOutput]:
+        """Take note of what a call did. Plans are committed in the order in which they were made.
+
+        Args:
+            results: one for each sequence of the plan.
+        """
+        assert self._plans and plan is self._plans[0], "plans are committed in their order"
+        self._plans.popleft()
+        for sequence, result in zip(plan, results, strict=True):
+            self._land(self._entries[sequence.request.request_id], sequence, result)
+        reports, self._reports = self._reports, []
+        return reports
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request has not ended, or an end was not reported."""
+        return bool(self._entries or self._reports)
+
+    @property
+    def figures(self) -> SchedulerFigures:
+        """Queues and counts."""
+        return SchedulerFigures(
+            waiting=len(self._waiting),
+            running=len(self._running),
+            preemptions=self._counts["preemptions"],
+            looked_up_tokens=self._counts["looked up"],
+            cached_tokens=self._counts["cached"],
+            matches=dict(self._matches),
+        )
+
+    def check(self) -> None:
+        """Assert that the queues, the requests and the memory agree."""
+        self.memory.check()
+        assert len(self._running) <= self.config.max_sequences
+        assert {id(e) for e in self._entries.values()} == {id(e) for e in (*self._running, *self._waiting)}
+        for queue in (self._running, self._waiting):
+            assert [entry.rank for entry in queue] == sorted(entry.rank for entry in queue)
+        for entry in self._waiting:
+            assert entry.request.status is Status.WAITING and not entry.flights and not entry.request.computed
+        for entry in self._running:
+            request = entry.request
+            assert request.status is (Status.RUNNING if request.finish is None else Status.LEAVING) or entry.flights
+            assert 0 <= request.pending <= request.computed <= len(request.tokens)
+            assert len(self.memory.page_table(request.request_id)) >= self.memory.pages_for(request.computed)
+
+    def _plan_steps(self, next_drafts: int) -> list[ScheduledSequence]:
+        steps: list[ScheduledSequence] = []
+        for entry in list(self._running):  # by rank: whoever is preempted on the way has not had its turn
+            request = entry.request
+            start, uncertain = entry.next_start()
+            room = self._limit(request) - (start + uncertain) - 2
+            if request.status is not Status.RUNNING or start < len(request.tokens) - 1 or room < 0:
+                continue
+            drafts = min(entry.flights[-1].next_drafts if entry.flights else len(request.drafts), room)
+            length = start + uncertain + 1 + drafts
+            if self._make_room(entry, lambda r=request, n=length: self.memory.grow(r.request_id, n)):
+                steps.append(self._schedule(entry, 1 + drafts, drafts, next_drafts))
+        return steps
+
+    def _plan_chunks(self, budget: int, next_drafts: int) -> list[ScheduledSequence]:
+        chunks: list[ScheduledSequence] = []
+        admitting = True
+        for entry in sorted((*self._running, *self._waiting), key=_rank):
+            request = entry.request
+            is_new = request.status is Status.WAITING
+            if budget <= 0 or (is_new and (not admitting or self._is_held_back(entry))):
+                continue
+            if is_new:
+                admitting = self._admit(entry)
+            missing = len(request.tokens) - entry.next_start()[0]
+            # Of those admitted before, who lacks but the last token had its turn as a step.
+            if request.status is Status.RUNNING and missing >= (1 if is_new else 2):
+                chunks.append(self._schedule(entry, self._chunk_length(entry, budget), 0, next_drafts))
+                budget -= chunks[-1].length
+        return chunks
+
+    def _chunk_length(self, entry: _Entry, budget: int) -> int:
+        """Up to the end of the prompt, or of a page: chunks of whole pages are computed alike however they are cut."""
+        start, size = entry.next_start()[0], self.memory.page_size
+        end = min(len(entry.request.tokens), start + budget)
+        aligned = end // size * size
+        return (aligned if start < aligned and end < len(entry.request.tokens) else end) - start
+
+    def _schedule(self, entry: _Entry, length: int, drafts: int, next_drafts: int) -> ScheduledSequence:
+        request, memory, name = entry.request, self.memory, entry.request.request_id
+        start, uncertain = entry.next_start()
+        is_first, is_step = not entry.flights, start >= len(request.tokens) - 1
+        samples = is_step or start + length == len(request.tokens)
+        wanted = [] if is_step else [p for p in entry.snapshots if start < p <= start + length]
+        slots = {position: memory.reserve_snapshot(name, position) for position in sorted(wanted, reverse=True)}
+        sequence = ScheduledSequence(
+            request=request,
+            start=start,
+            uncertain=uncertain,
+            length=length,
+            pages=memory.page_table(name),
+            slot=memory.slot(name),
+            accepted=request.pending if is_first else int(entry.flights[-1].awaits_verdict),
+            drafts=drafts,
+            next_drafts=next_drafts if samples else 0,
+            awaits_verdict=is_step,
+            samples=samples,
+            starts_empty=start == 0,
+            state_copy=memory.state_copy(name) if is_first else None,
+            page_copy=memory.page_copy(name) if is_first else None,
+            snapshots=tuple(SnapshotOrder(p, slot) for p, slot in sorted(slots.items()) if slot is not None),
+        )
+        entry.flights.append(sequence)
+        return sequence
+
+    def _admit(self, entry: _Entry) -> bool:
+        """Give a request memory, and start it where the prefix cache ends. False: there is no room yet."""
+        request, memory = entry.request, self.memory
+        victims = [e for e in self._running if e.rank > entry.rank and e.request.priority < request.priority]
+        is_full = len(self._running) >= self.config.max_sequences
+        if not victims and (is_full or not memory.available_slots):
+            return False
+        match = self._lookup(request)
+
+        def attempt() -> bool:
+            if len(self._running) >= self.config.max_sequences:
+                return False
+            return memory.admit(request.request_id, match, len(request.tokens))
+
+        hoped_for = sum(len(memory.page_table(e.request.request_id)) for e in victims)
+        if memory.pages_for(len(request.tokens)) - len(match.nodes) > memory.available_pages + hoped_for:
+            return False
+        if not self._make_room(entry, attempt, request.priority):
+            return False
+        self._waiting.remove(entry)
+        insort(self._running, entry, key=_rank)
+        request.status = Status.RUNNING
+        request.computed = request.cached = match.position
+        request.pending = 0 if match.snapshot is None else match.snapshot.pending
+        entry.snapshots = self._wanted_snapshots(request, match)
+        entry.awaited, entry.survives = None, True
+        self._matches[match.end] += 1
+        self._counts["looked up"] += len(request.tokens)
+        self._counts["cached"] += match.position
+        return True
+
+    def _lookup(self, request: Request) -> Match:
+        """What of a request is cached; its last token is computed in any case, for the logits."""
+        limit = len(request.tokens) - 1
+        if not self.config.prefix_cache or (request.params.prompt_logprobs is not None and not request.output_length):
+            limit = 0  # the prompt's log-probabilities come from computing it
+        return self.memory.lookup(request.tokens, limit)
+
+    def _wanted_snapshots(self, request: Request, match: Match) -> set[int]:
+        """Where other requests are likely to go on: before the last token of the prompt, where pages of others end, at
+        the request's branch points, and at every stride. All at ends of pages, and behind what is cached."""
+        if not self.config.prefix_cache:
+            return set()
+        last, size = len(request.prompt) - 1, self.memory.page_size
+        stride = range(self.config.snapshot_stride, len(request.tokens), self.config.snapshot_stride)
+        places = (last, match.pages, *(min(last, place) for place in request.branch_points), *stride)
+        return {place // size * size for place in places if place // size * size > match.position}
+
+    def _is_held_back(self, entry: _Entry) -> bool:
+        """Whether a request does better to wait: one of an earlier rank is computing the beginning of its prompt.
+
+        The other one is made to keep its state where the two part.
+        """
+        if not self.config.prefix_cache or entry.request.params.prompt_logprobs is not None:
+            return False
+        if entry.awaited is None:
+            entry.awaited = self._find_sharing(entry)
+        if entry.awaited is None:
+            return False
+        other, place = entry.awaited
+        is_coming = other.next_start()[0] < place or any(
+            o.position == place for f in other.flights for o in f.snapshots
+        )
+        if other.request.status is not Status.RUNNING or other.request.computed >= place or not is_coming:
+            entry.awaited = None
+        return entry.awaited is not None
+
+    def _find_sharing(self, entry: _Entry) -> "tuple[_Entry, int] | None":
+        tokens, size = entry.request.tokens, self.memory.page_size
+        for other in self._running:
+            start, theirs = other.next_start()[0], other.request.tokens
+            if other.rank > entry.rank or other.request.status is not Status.RUNNING or start >= len(theirs) - 1:
+                continue
+            # Worth the wait only beyond what is computed: the other one passes the place, and the page before it is new.
+            least = max(other.request.computed // size + 1, 1) * size
+            if theirs[:least] == tokens[:least]:
+                place = min(common_prefix(theirs, tokens), len(tokens) - 1, len(theirs) - 1) // size * size
+                if place > start:
+                    other.snapshots.add(place)
+                    return other, place
+        return None
+
+    def _make_room(self, entry: _Entry, attempt: Callable[[], bool], below: int | None = None) -> bool:
+        """Try until it works, each time with one request less of a later rank (and a priority below the one given)."""
+        while not attempt():
+            victim = self._victim(entry, below)
+            if victim is None or not self._preempt(victim):
+                return False
+        return True
+
+    def _victim(self, entry: _Entry, below: int | None) -> _Entry | None:
+        if any(other.request.status is Status.LEAVING for other in self._running):
+            return None  # room is coming
+        for other in reversed(self._running):
+            if other.rank <= entry.rank:
+                return None
+            if below is None or other.request.priority < below:
+                return other
+        return None
+
+    def _preempt(self, entry: _Entry) -> bool:
+        """Let a request give back its memory and queue again. False: it will, once its calls are committed."""
+        self._counts["preemptions"] += 1
+        entry.request.preemptions += 1
+        entry.request.status = Status.LEAVING
+        return self._leave_if_landed(entry)
+
+    def _land(self, entry: _Entry, sequence: ScheduledSequence, result: SequenceResult) -> None:
+        """Take in the outcome of one sequence's share of a call."""
+        request, memory, name = entry.request, self.memory, entry.request.request_id
+        assert entry.flights and entry.flights[0] is sequence
+        entry.flights.popleft()
+        memory.copied(name)
+        if request.finish is None and result.error is not None:
+            self._end(entry, FinishReason.ERROR, result.error)
+            self._reports.append(RequestOutput.of(request))
+        elif request.finish is None:
+            self._advance(entry, sequence, result)
+        self._leave_if_landed(entry)
+
+    def _advance(self, entry: _Entry, sequence: ScheduledSequence, result: SequenceResult) -> None:
+        request = entry.request
+        sampled = range(1, sequence.drafts + 2) if sequence.samples else range(1)
+        assert len(result.tokens) in sampled or result.finish, f"{len(result.tokens)} tokens of {sequence}"
+        tokens, finish = self._cut(request, result)
+        request.computed = sequence.end if not sequence.awaits_verdict else request.computed + len(tokens)
+        request.pending = len(tokens) if sequence.awaits_verdict else 0
+        request.tokens += tokens
+        request.drafts = result.drafts
+        if self.config.prefix_cache:
+            self.memory.publish(request.request_id, request.tokens, request.computed)
+            for order in sequence.snapshots:
+                self.memory.keep_snapshot(request.request_id, order.position)
+        if finish is not None:
+            # The device goes on from all it has accepted, should it have begun the next call.
+            entry.survives = result.finish is None and len(tokens) == len(result.tokens)
+            self._end(entry, finish)
+        if tokens or finish:
+            self._reports.append(RequestOutput.of(request, tokens))
+
+    def _cut(self, request: Request, result: SequenceResult) -> tuple[tuple[int, ...], FinishReason | None]:
+        """The tokens up to the first that ends the request, and why it does."""
+        params = request.params
+        stop = {*params.stop_token_ids, *(() if params.ignore_eos else self.config.eos_token_ids)}
+        room = self._limit(request) - len(request.tokens)
+        for count, token in enumerate(result.tokens, 1):
+            if token in stop and request.output_length + count >= params.min_tokens:
+                return result.tokens[:count], FinishReason.STOP
+            if count == room and (result.finish is None or count < len(result.tokens)):
+                return result.tokens[:count], FinishReason.LENGTH
+        return result.tokens, result.finish
+
+    def _end(self, entry: _Entry, finish: FinishReason, error: Qwen3NextError | None = None) -> None:
+        request = entry.request
+        request.finish, request.error, request.drafts = finish, error, ()
+        if request.status is Status.WAITING:
+            self._waiting.remove(entry)
+            self._forget(entry)
+            return
+        request.status = Status.LEAVING
+        # One step more lets what is pending join the state, and all of its own tokens are rejected. Another call may not
+        # be undone.
+        if entry.flights:
+            is_one_step = len(entry.flights) == 1 and entry.flights[0].awaits_verdict
+            entry.survives = entry.survives and is_one_step
+            request.pending = 0
+        self._leave_if_landed(entry)
+
+    def _leave_if_landed(self, entry: _Entry) -> bool:
+        """Take the memory of a request that leaves, unless a call that may touch it is in flight."""
+        request = entry.request
+        if request.status is not Status.LEAVING or entry.flights:
+            return False
+        if request.error is not None:
+            self.memory.discard(request.request_id)
+        else:
+            computed = request.computed if self.config.prefix_cache else 0
+            pending = request.pending if entry.survives else None
+            self.memory.release(request.request_id, request.tokens, computed, pending)
+        self._running.remove(entry)
+        if request.finish is not None:
+            self._forget(entry)
+        else:
+            request.status, request.computed, request.pending, request.drafts = Status.WAITING, 0, 0, ()
+            insort(self._waiting, entry, key=_rank)
+        return True
+
+    def _forget(self, entry: _Entry) -> None:
+        entry.request.status = Status.FINISHED
+        del self._entries[entry.request.request_id]
+
+    def _limit(self, request: Request) -> int:
+        """The most tokens that prompt and output together may have."""
+        output = request.params.max_tokens
+        most = self.config.max_context
+        return most if output is None else min(most, len(request.prompt) + output)
