@@ -217,11 +217,10 @@ class PrefixCache:
 
     def forget(self, node: PageNode) -> None:
         """Drop an unused page without children, those before it that thereby become so, and all their states."""
-        current: PageNode | None = node
-        while current is not None and current.parent is not None and not current.users and not current.children:
-            parent = current.parent
-            self._drop_page(current)
-            current = parent
+        while node.parent is not None and not node.users and not node.children:
+            parent = node.parent
+            self._drop_page(node)
+            node = parent
 
     def nodes(self) -> Iterator[PageNode]:
         """Every page, the root first."""

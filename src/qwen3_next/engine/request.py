@@ -179,7 +179,7 @@ class Request:
 
     request_id: str
     prompt: tuple[int, ...]
-    params: SamplingParams = SamplingParams()
+    params: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
     branch_points: tuple[int, ...] = ()
     sample: int = 0
