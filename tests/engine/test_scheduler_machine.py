@@ -5,6 +5,7 @@ import random
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tests.engine.simulation import END, VOCABULARY, Device, Simulation
 
 from qwen3_next.engine import (
     FinishReason,
@@ -17,9 +18,14 @@ from qwen3_next.engine import (
     SequenceResult,
 )
 from qwen3_next.errors import Qwen3NextError
-from tests.engine.simulation import END, VOCABULARY, Device, Simulation
 
 TOKENS = st.integers(1, VOCABULARY - 1)
+OPTIONS = {
+    "priority": st.integers(-1, 2),
+    "output": st.none() | st.integers(1, 12),
+    "ignore_eos": st.booleans(),
+    "logprobs": st.sampled_from([False, False, False, True]),
+}
 
 
 class ScheduleMachine(RuleBasedStateMachine):
@@ -62,19 +68,12 @@ class ScheduleMachine(RuleBasedStateMachine):
         self.names += 1
         self.simulation.add(Request(request_id=name, prompt=tuple(prompt), params=params, priority=priority))
 
-    options = {
-        "priority": st.integers(-1, 2),
-        "output": st.none() | st.integers(1, 12),
-        "ignore_eos": st.booleans(),
-        "logprobs": st.sampled_from([False, False, False, True]),
-    }
-
-    @rule(prompt=st.lists(TOKENS, min_size=1, max_size=30), **options)
+    @rule(prompt=st.lists(TOKENS, min_size=1, max_size=30), **OPTIONS)
     def add_new(self, prompt, priority, output, ignore_eos, logprobs) -> None:
         self.add(prompt, priority, output, ignore_eos, logprobs)
 
     @precondition(lambda self: self.simulation.requests)
-    @rule(data=st.data(), more=st.lists(TOKENS, min_size=1, max_size=6), back=st.integers(0, 12), **options)
+    @rule(data=st.data(), more=st.lists(TOKENS, min_size=1, max_size=6), back=st.integers(0, 12), **OPTIONS)
     def continue_or_edit(self, data, more, back, priority, output, ignore_eos, logprobs) -> None:
         """The next turn of a chat, a turn that was edited, or a branch of a prompt that is still computed."""
         request = self.simulation.requests[data.draw(st.sampled_from(sorted(self.simulation.requests)))]

@@ -8,7 +8,7 @@ a request's, or a snapshot's. Page 0 and slot 0 belong to the null sequences tha
     slot:  free -admit-> request -release (a state worth keeping)-> snapshot -evict-> free
            free -reserve-> request -keep (its call is committed)--> snapshot
 
-Pages and slots are given back only when no call that touches them is in flight, so that nothing here needs to know about
+Pages and slots are given back only when no call that touches them is in flight, so that nothing here needs to know of
 the order of events on the device.
 """
 
@@ -93,8 +93,8 @@ class Memory:
     def admit(self, request_id: str, match: Match, length: int) -> bool:
         """Give a request the pages of a match, own pages up to `length` tokens, and a slot. False: no room, no change.
 
-        Where the match has a state, `copies` tells what to copy before the first call, and `copied` must be called when
-        that call is committed.
+        `state_copy` and `page_copy` tell what to copy before the first call, and `copied` must be called when that call
+        is committed.
         """
         assert request_id not in self._holdings
         for node in match.nodes:

@@ -28,8 +28,8 @@ class ScheduledSequence:
 
     A plan may be made while earlier calls are in flight, so that where a step starts is not known yet: `start` is the
     least it can be, and `uncertain` how much later it can be, which is how many drafts those calls may accept. Then
-    `accepted` is the least as well; the device knows both, and the token ids, from the sequence's last call. `pages` has
-    room for the most. With `uncertain` 0 all is as it stands here, but the ids where a call is in flight.
+    `accepted` is the least as well; the device knows both, and the token ids, from the sequence's last call. `pages`
+    has room for the most. With `uncertain` 0 all is as it stands here, but the ids where a call is in flight.
 
     Attributes:
         pages: page table of the sequence, for all tokens up to `start + uncertain + length`.

@@ -119,7 +119,7 @@ class PrefixCache:
         """The same for slots."""
         self._free_page, self._free_slot = free_page, free_slot
         self._clock = itertools.count(1)
-        # Candidates of eviction, least recently used first. An entry that is no longer true is dropped when it comes up.
+        # Candidates of eviction, least recently used first; entries that are no longer true are dropped on the way.
         self._page_queue: list[tuple[int, int, PageNode | Snapshot]] = []
         self._slot_queue: list[tuple[int, int, Snapshot]] = []
         self._tickets = itertools.count()
@@ -236,13 +236,14 @@ class PrefixCache:
         for node in self.nodes():
             assert node.alive
             for tokens, child in node.children.items():
-                assert child.parent is node and child.tokens == tokens and len(tokens) == self.page_size
+                assert (child.parent, child.tokens, len(tokens)) == (node, tokens, self.page_size)
                 assert child.depth == node.depth + 1
                 assert node is self.root or node.users >= child.users
             pages += node is not self.root and node.users == 0
             for tail, snapshot in node.snapshots.items():
-                assert snapshot.alive and snapshot.node is node and snapshot.tail == tail
-                assert len(tail) < self.page_size and (snapshot.tail_page is None) == (not tail)
+                assert (snapshot.alive, snapshot.node, snapshot.tail) == (True, node, tail)
+                assert len(tail) < self.page_size
+                assert (snapshot.tail_page is None) == (not tail)
                 assert snapshot.position == node.depth * self.page_size + len(tail)
                 assert snapshot.users == 0 or node is self.root or node.users > 0
                 slots += snapshot.users == 0
@@ -303,7 +304,8 @@ class PrefixCache:
     def _drop_page(self, node: PageNode) -> None:
         for snapshot in list(node.snapshots.values()):
             self._drop_snapshot(snapshot)
-        assert node.parent is not None and node.users == 0
+        assert node.parent is not None
+        assert node.users == 0
         del node.parent.children[node.tokens]
         node.alive = False
         self.idle_pages -= 1

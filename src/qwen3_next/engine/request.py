@@ -220,7 +220,7 @@ class Request:
                 prompt=self.prompt,
                 params=single,
                 priority=self.priority,
-                branch_points=(*self.branch_points, len(self.prompt) - 1),
+                branch_points=self.branch_points,
                 sample=sample,
             )
             for sample in range(self.params.n)

@@ -1,115 +1,31 @@
 """Which sequences take part in the next call of the model, and with how many tokens. No torch.
 
 Every request has a rank, fixed when it comes: the number of the call at which it came, less `priority * aging`. Ranks
-only ever rise, so each request in time is the first, and the first is never preempted and always goes on: nobody
-starves. Steps (decodes and verifications) are in every call, the rest of the token budget goes to chunks of prompts by
-rank. A request is admitted with the pages of its whole prompt. Where a page is missing, unused pages of the prefix cache
-are evicted, then the request of the last rank is preempted: its pages and its state go to the prefix cache, from where
-it will start again as far as they survive. Where nobody of a later rank is left, the request keeps what it has and waits.
+of later requests only rise, so each request in time is the first, and the first is never preempted and always goes on:
+nobody starves. Steps (decodes and verifications) are in every call; the rest of the token budget goes to chunks of
+prompts, by rank. A request is admitted with the pages of its whole prompt. Where a page is missing, unused pages of the
+prefix cache are evicted, then the request of the last rank is preempted: its pages and its state go to the prefix
+cache, from where it will start again as far as they survive. Where nobody of a later rank is left, the request keeps
+what it has and waits.
 
-Plans may be made ahead of the commits of earlier ones. Pages and slots of a request are given back only when none of its
-calls is in flight; so preemption, abort and the end of a request may take until the commit of the last of them.
+Plans may be made ahead of the commits of earlier ones. Pages and slots of a request are given back only when none of
+its calls is in flight; so preemption, abort and the end of a request wait for the commit of the last of them.
 """
 
 import itertools
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from qwen3_next.engine.memory import Memory
 from qwen3_next.engine.plan import Plan, ScheduledSequence, SequenceResult, SnapshotOrder
 from qwen3_next.engine.prefix_cache import Match, MatchEnd
-from qwen3_next.engine.request import FinishReason, Request, RequestOutput, Status, common_prefix
+from qwen3_next.engine.queue_entry import Entry, is_held_back, rank_of
+from qwen3_next.engine.request import FinishReason, Request, RequestOutput, Status
+from qwen3_next.engine.scheduler_config import SchedulerConfig, SchedulerFigures
 from qwen3_next.errors import CapacityError, InputError, Qwen3NextError
 
-__all__ = ["Scheduler", "SchedulerConfig", "SchedulerFigures"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerConfig:
-    """The limits of a scheduler.
-
-    Attributes:
-        max_sequences: sequences in a call, and requests that own memory.
-        token_budget: tokens in a call; more than all steps can need, so that prompts always go on.
-        max_context: tokens of prompt and output together.
-        max_drafts: proposals per step.
-        snapshot_stride: keep a state every so many tokens of a long prompt.
-        aging: steps that one level of priority counts as.
-        prefix_cache: whether requests share pages and states.
-        eos_token_ids: the model's own end tokens.
-    """
-
-    max_sequences: int
-    token_budget: int
-    max_context: int
-    max_drafts: int = 0
-    snapshot_stride: int = 8192
-    aging: int = 256
-    prefix_cache: bool = True
-    eos_token_ids: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_sequences", 1), ("max_context", 2), ("max_drafts", 0), ("snapshot_stride", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} = {getattr(self, name)} cannot be served. Allowed: at least {least}.")
-        steps = self.max_sequences * (1 + self.max_drafts)
-        if self.token_budget <= steps:
-            raise InputError(
-                f"token_budget = {self.token_budget} cannot be served. Allowed: above max_sequences * (1 + max_drafts) "
-                f"= {steps}, or prompts would wait for ever. Raise it, or lower max_sequences."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerFigures:
-    """Counts since the start, and the queues as they are.
-
-    Attributes:
-        matches: why lookups in the prefix cache ended where they did.
-        cached_tokens: that lookups found, of `looked_up_tokens`.
-    """
-
-    waiting: int
-    running: int
-    preemptions: int
-    looked_up_tokens: int
-    cached_tokens: int
-    matches: dict[MatchEnd, int]
-
-
-@dataclass(eq=False)
-class _Entry:
-    """A request and what only the scheduler needs to know of it.
-
-    Attributes:
-        flights: its share of each call that is planned and not committed.
-        snapshots: positions at which states are wanted.
-        awaited: the entry whose prompt this one waits for, to share it up to a position.
-        survives: whether the slot still holds the state of the committed tokens when the last flight has landed.
-    """
-
-    request: Request
-    rank: tuple[int, int]
-    flights: deque[ScheduledSequence] = field(default_factory=deque[ScheduledSequence])
-    snapshots: set[int] = field(default_factory=set[int])
-    awaited: "tuple[_Entry, int] | None" = None
-    survives: bool = True
-
-    def next_start(self) -> tuple[int, int]:
-        """Where the next call starts, if no draft in flight is accepted, and how much later if all are."""
-        start, uncertain = self.request.computed, 0
-        for flight in self.flights:
-            if flight.awaits_verdict:
-                start, uncertain = start + 1, uncertain + flight.drafts
-            else:
-                start = flight.end
-        return start, uncertain
-
-
-def _rank(entry: _Entry) -> tuple[int, int]:
-    return entry.rank
+__all__ = ["Scheduler"]
 
 
 class Scheduler:
@@ -128,9 +44,9 @@ class Scheduler:
                 f"tokens. Allowed: at most {room} (one page is reserved and one is for a copy). Lower max_context."
             )
         self.config, self.memory = config, memory
-        self._entries: dict[str, _Entry] = {}
-        self._waiting: list[_Entry] = []
-        self._running: list[_Entry] = []
+        self._entries: dict[str, Entry] = {}
+        self._waiting: list[Entry] = []
+        self._running: list[Entry] = []
         self._plans: deque[Plan] = deque()
         self._reports: list[RequestOutput] = []
         self._arrivals = itertools.count()
@@ -156,9 +72,9 @@ class Scheduler:
                 "unfinished request has, and n = 1. Choose another id; queue each of Request.samples()."
             )
         request.arrival = self._planned
-        entry = _Entry(request, (self._planned - request.priority * self.config.aging, next(self._arrivals)))
+        entry = Entry(request, (self._planned - request.priority * self.config.aging, next(self._arrivals)))
         self._entries[request.request_id] = entry
-        insort(self._waiting, entry, key=_rank)
+        insort(self._waiting, entry, key=rank_of)
 
     def abort(self, request_id: str) -> bool:
         """End a request; the next commit reports it. False: it has ended already, or never was."""
@@ -190,8 +106,8 @@ class Scheduler:
         Args:
             results: one for each sequence of the plan.
         """
-        assert self._plans and plan is self._plans[0], "plans are committed in their order"
-        self._plans.popleft()
+        first = self._plans.popleft()
+        assert plan is first, "plans are committed in their order"
         for sequence, result in zip(plan, results, strict=True):
             self._land(self._entries[sequence.request.request_id], sequence, result)
         reports, self._reports = self._reports, []
@@ -222,7 +138,7 @@ class Scheduler:
         for queue in (self._running, self._waiting):
             assert [entry.rank for entry in queue] == sorted(entry.rank for entry in queue)
         for entry in self._waiting:
-            assert entry.request.status is Status.WAITING and not entry.flights and not entry.request.computed
+            assert (entry.request.status, len(entry.flights), entry.request.computed) == (Status.WAITING, 0, 0)
         for entry in self._running:
             request = entry.request
             assert request.status is (Status.RUNNING if request.finish is None else Status.LEAVING) or entry.flights
@@ -246,7 +162,7 @@ class Scheduler:
     def _plan_chunks(self, budget: int, next_drafts: int) -> list[ScheduledSequence]:
         chunks: list[ScheduledSequence] = []
         admitting = True
-        for entry in sorted((*self._running, *self._waiting), key=_rank):
+        for entry in sorted((*self._running, *self._waiting), key=rank_of):
             request = entry.request
             is_new = request.status is Status.WAITING
             if budget <= 0 or (is_new and (not admitting or self._is_held_back(entry))):
@@ -260,14 +176,14 @@ class Scheduler:
                 budget -= chunks[-1].length
         return chunks
 
-    def _chunk_length(self, entry: _Entry, budget: int) -> int:
+    def _chunk_length(self, entry: Entry, budget: int) -> int:
         """Up to the end of the prompt, or of a page: chunks of whole pages are computed alike however they are cut."""
         start, size = entry.next_start()[0], self.memory.page_size
         end = min(len(entry.request.tokens), start + budget)
         aligned = end // size * size
         return (aligned if start < aligned and end < len(entry.request.tokens) else end) - start
 
-    def _schedule(self, entry: _Entry, length: int, drafts: int, next_drafts: int) -> ScheduledSequence:
+    def _schedule(self, entry: Entry, length: int, drafts: int, next_drafts: int) -> ScheduledSequence:
         request, memory, name = entry.request, self.memory, entry.request.request_id
         start, uncertain = entry.next_start()
         is_first, is_step = not entry.flights, start >= len(request.tokens) - 1
@@ -294,7 +210,7 @@ class Scheduler:
         entry.flights.append(sequence)
         return sequence
 
-    def _admit(self, entry: _Entry) -> bool:
+    def _admit(self, entry: Entry) -> bool:
         """Give a request memory, and start it where the prefix cache ends. False: there is no room yet."""
         request, memory = entry.request, self.memory
         victims = [e for e in self._running if e.rank > entry.rank and e.request.priority < request.priority]
@@ -314,7 +230,7 @@ class Scheduler:
         if not self._make_room(entry, attempt, request.priority):
             return False
         self._waiting.remove(entry)
-        insort(self._running, entry, key=_rank)
+        insort(self._running, entry, key=rank_of)
         request.status = Status.RUNNING
         request.computed = request.cached = match.position
         request.pending = 0 if match.snapshot is None else match.snapshot.pending
@@ -332,6 +248,10 @@ class Scheduler:
             limit = 0  # the prompt's log-probabilities come from computing it
         return self.memory.lookup(request.tokens, limit)
 
+    def _is_held_back(self, entry: Entry) -> bool:
+        shares = self.config.prefix_cache and entry.request.params.prompt_logprobs is None
+        return shares and is_held_back(entry, self._running, self.memory.page_size)
+
     def _wanted_snapshots(self, request: Request, match: Match) -> set[int]:
         """Where other requests are likely to go on: before the last token of the prompt, where pages of others end, at
         the request's branch points, and at every stride. All at ends of pages, and behind what is cached."""
@@ -342,41 +262,7 @@ class Scheduler:
         places = (last, match.pages, *(min(last, place) for place in request.branch_points), *stride)
         return {place // size * size for place in places if place // size * size > match.position}
 
-    def _is_held_back(self, entry: _Entry) -> bool:
-        """Whether a request does better to wait: one of an earlier rank is computing the beginning of its prompt.
-
-        The other one is made to keep its state where the two part.
-        """
-        if not self.config.prefix_cache or entry.request.params.prompt_logprobs is not None:
-            return False
-        if entry.awaited is None:
-            entry.awaited = self._find_sharing(entry)
-        if entry.awaited is None:
-            return False
-        other, place = entry.awaited
-        is_coming = other.next_start()[0] < place or any(
-            o.position == place for f in other.flights for o in f.snapshots
-        )
-        if other.request.status is not Status.RUNNING or other.request.computed >= place or not is_coming:
-            entry.awaited = None
-        return entry.awaited is not None
-
-    def _find_sharing(self, entry: _Entry) -> "tuple[_Entry, int] | None":
-        tokens, size = entry.request.tokens, self.memory.page_size
-        for other in self._running:
-            start, theirs = other.next_start()[0], other.request.tokens
-            if other.rank > entry.rank or other.request.status is not Status.RUNNING or start >= len(theirs) - 1:
-                continue
-            # Worth the wait only beyond what is computed: the other one passes the place, and the page before it is new.
-            least = max(other.request.computed // size + 1, 1) * size
-            if theirs[:least] == tokens[:least]:
-                place = min(common_prefix(theirs, tokens), len(tokens) - 1, len(theirs) - 1) // size * size
-                if place > start:
-                    other.snapshots.add(place)
-                    return other, place
-        return None
-
-    def _make_room(self, entry: _Entry, attempt: Callable[[], bool], below: int | None = None) -> bool:
+    def _make_room(self, entry: Entry, attempt: Callable[[], bool], below: int | None = None) -> bool:
         """Try until it works, each time with one request less of a later rank (and a priority below the one given)."""
         while not attempt():
             victim = self._victim(entry, below)
@@ -384,7 +270,7 @@ class Scheduler:
                 return False
         return True
 
-    def _victim(self, entry: _Entry, below: int | None) -> _Entry | None:
+    def _victim(self, entry: Entry, below: int | None) -> Entry | None:
         if any(other.request.status is Status.LEAVING for other in self._running):
             return None  # room is coming
         for other in reversed(self._running):
@@ -394,18 +280,18 @@ class Scheduler:
                 return other
         return None
 
-    def _preempt(self, entry: _Entry) -> bool:
+    def _preempt(self, entry: Entry) -> bool:
         """Let a request give back its memory and queue again. False: it will, once its calls are committed."""
         self._counts["preemptions"] += 1
         entry.request.preemptions += 1
         entry.request.status = Status.LEAVING
         return self._leave_if_landed(entry)
 
-    def _land(self, entry: _Entry, sequence: ScheduledSequence, result: SequenceResult) -> None:
+    def _land(self, entry: Entry, sequence: ScheduledSequence, result: SequenceResult) -> None:
         """Take in the outcome of one sequence's share of a call."""
         request, memory, name = entry.request, self.memory, entry.request.request_id
-        assert entry.flights and entry.flights[0] is sequence
-        entry.flights.popleft()
+        first = entry.flights.popleft()
+        assert first is sequence
         memory.copied(name)
         if request.finish is None and result.error is not None:
             self._end(entry, FinishReason.ERROR, result.error)
@@ -414,7 +300,7 @@ class Scheduler:
             self._advance(entry, sequence, result)
         self._leave_if_landed(entry)
 
-    def _advance(self, entry: _Entry, sequence: ScheduledSequence, result: SequenceResult) -> None:
+    def _advance(self, entry: Entry, sequence: ScheduledSequence, result: SequenceResult) -> None:
         request = entry.request
         sampled = range(1, sequence.drafts + 2) if sequence.samples else range(1)
         assert len(result.tokens) in sampled or result.finish, f"{len(result.tokens)} tokens of {sequence}"
@@ -446,7 +332,7 @@ class Scheduler:
                 return result.tokens[:count], FinishReason.LENGTH
         return result.tokens, result.finish
 
-    def _end(self, entry: _Entry, finish: FinishReason, error: Qwen3NextError | None = None) -> None:
+    def _end(self, entry: Entry, finish: FinishReason, error: Qwen3NextError | None = None) -> None:
         request = entry.request
         request.finish, request.error, request.drafts = finish, error, ()
         if request.status is Status.WAITING:
@@ -454,15 +340,15 @@ class Scheduler:
             self._forget(entry)
             return
         request.status = Status.LEAVING
-        # One step more lets what is pending join the state, and all of its own tokens are rejected. Another call may not
-        # be undone.
+        # A step in flight lets what is pending join the state, and all of its own tokens are rejected. A second one, or
+        # a chunk, lets tokens join that are not committed.
         if entry.flights:
             is_one_step = len(entry.flights) == 1 and entry.flights[0].awaits_verdict
             entry.survives = entry.survives and is_one_step
             request.pending = 0
         self._leave_if_landed(entry)
 
-    def _leave_if_landed(self, entry: _Entry) -> bool:
+    def _leave_if_landed(self, entry: Entry) -> bool:
         """Take the memory of a request that leaves, unless a call that may touch it is in flight."""
         request = entry.request
         if request.status is not Status.LEAVING or entry.flights:
@@ -478,10 +364,10 @@ class Scheduler:
             self._forget(entry)
         else:
             request.status, request.computed, request.pending, request.drafts = Status.WAITING, 0, 0, ()
-            insort(self._waiting, entry, key=_rank)
+            insort(self._waiting, entry, key=rank_of)
         return True
 
-    def _forget(self, entry: _Entry) -> None:
+    def _forget(self, entry: Entry) -> None:
         entry.request.status = Status.FINISHED
         del self._entries[entry.request.request_id]
 
