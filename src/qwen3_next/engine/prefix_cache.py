@@ -266,18 +266,20 @@ class PrefixCache:
         return max(fitting, key=lambda one: one.position, default=None)
 
     def _why(self, path: list[PageNode], depth: int, position: int, tokens: Sequence[int], limit: int) -> MatchEnd:
-        """Say what stood in the way: first what is missing behind the match, then what is missing behind the pages."""
-        if any(self._name(node, ()) in self._forgotten for node in path[depth + 1 :]):
-            return MatchEnd.EVICTED
-        if depth < len(path) - 1:
-            return MatchEnd.NO_SNAPSHOT
-        last, start, size = path[-1], path[-1].depth * self.page_size, self.page_size
+        """Say what stood in the way of a longer match: first what was evicted, then what was never there."""
+        last, size = path[-1], self.page_size
+        start = last.depth * size
         following = tuple(tokens[start : min(limit, start + size)])
-        tails = (following[:length] for length in range(len(following), position - start, -1))
-        if hash((last.chain, following)) in self._forgotten or any(
-            self._name(last, t) in self._forgotten for t in tails
-        ):
+        tails = (following[:length] for length in range(len(following), max(position - start, -1), -1))
+        names = (
+            hash((last.chain, following)),
+            *(self._name(last, tail) for tail in tails),
+            *(self._name(node, ()) for node in path[depth + 1 :]),
+        )
+        if any(name in self._forgotten for name in names):
             return MatchEnd.EVICTED
+        if depth < last.depth:
+            return MatchEnd.NO_SNAPSHOT
         return MatchEnd.WHOLE if limit - position < size else MatchEnd.NO_PAGES
 
     def _touch_snapshot(self, snapshot: Snapshot) -> None:

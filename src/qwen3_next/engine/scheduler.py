@@ -161,20 +161,33 @@ class Scheduler:
 
     def _plan_chunks(self, budget: int, next_drafts: int) -> list[ScheduledSequence]:
         chunks: list[ScheduledSequence] = []
-        admitting = True
-        for entry in sorted((*self._running, *self._waiting), key=rank_of):
-            request = entry.request
-            is_new = request.status is Status.WAITING
-            if budget <= 0 or (is_new and (not admitting or self._is_held_back(entry))):
-                continue
-            if is_new:
-                admitting = self._admit(entry)
-            missing = len(request.tokens) - entry.next_start()[0]
+        admitted = self._admit_some(budget)
+        for entry in list(self._running):
+            missing = len(entry.request.tokens) - entry.next_start()[0]
             # Of those admitted before, who lacks but the last token had its turn as a step.
-            if request.status is Status.RUNNING and missing >= (1 if is_new else 2):
+            if budget > 0 and entry.request.status is Status.RUNNING and missing >= (1 if entry in admitted else 2):
                 chunks.append(self._schedule(entry, self._chunk_length(entry, budget), 0, next_drafts))
                 budget -= chunks[-1].length
         return chunks
+
+    def _admit_some(self, budget: int) -> list[Entry]:
+        """Admit requests by rank, until the budget or the memory is used up.
+
+        Who shares a prompt with another is found before any chunk of this call is cut, and among those too that will
+        have their turn later: a state in the middle of a chunk must be asked for before it is computed.
+        """
+        admitted: list[Entry] = []
+        is_full = False
+        for entry in sorted((*self._running, *self._waiting[: self.config.max_sequences]), key=rank_of):
+            if entry.request.status is Status.WAITING:
+                if self._is_held_back(entry) or is_full or budget <= 0:
+                    continue
+                is_full = not self._admit(entry)
+                if not is_full:
+                    admitted.append(entry)
+            if entry.request.status is Status.RUNNING:
+                budget -= max(0, len(entry.request.tokens) - entry.next_start()[0] - (entry not in admitted))
+        return admitted
 
     def _chunk_length(self, entry: Entry, budget: int) -> int:
         """Up to the end of the prompt, or of a page: chunks of whole pages are computed alike however they are cut."""
