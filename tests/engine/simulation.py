@@ -168,6 +168,18 @@ class Simulation:
                 assert self.outputs[output.request_id].count(output) == 1
         self.scheduler.check()
 
+    def fail_all(self) -> None:
+        """The first call in flight fails, and those behind it, after they wrote anything anywhere they may."""
+        for plan, _ in reversed(self.flights):
+            for sequence in plan:
+                self.device.slots[sequence.slot] = State()
+                self.device.tokens.pop(sequence.request.request_id, None)
+                self.device.drafts.pop(sequence.request.request_id, None)
+                self.device.slots.update((order.slot, State()) for order in sequence.snapshots)
+            self.scheduler.withdraw(plan)
+            self.scheduler.check()
+        self.flights.clear()
+
     def step(self, next_drafts: int = 0) -> None:
         self.plan(next_drafts)
         while len(self.flights) >= self.depth:

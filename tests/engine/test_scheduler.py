@@ -258,6 +258,21 @@ def test_a_request_that_fails_fails_alone_and_is_forgotten() -> None:
     assert run.scheduler.memory.lookup(text(20, 1), 19).pages == 0
 
 
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_call_that_fails_as_a_whole_loses_nothing(calls: int) -> None:
+    run = simulation(depth=3)
+    for number in range(3):
+        run.add(request(f"r{number}", text(30, number), output=20))
+    for _ in range(6):
+        run.step(2)
+    while len(run.flights) < calls:
+        run.plan(2)
+    run.fail_all()
+    assert run.scheduler.memory.figures.used_slots == 0
+    run.drain(2)
+    run.verify()
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_second_turn_computes_only_what_is_new(depth: int) -> None:
     run = simulation(depth=depth)

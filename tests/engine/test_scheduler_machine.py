@@ -119,6 +119,11 @@ class ScheduleMachine(RuleBasedStateMachine):
 
         self.simulation.commit(change)
 
+    @precondition(lambda self: self.simulation.flights)
+    @rule()
+    def fail_all(self) -> None:
+        self.simulation.fail_all()
+
     @invariant()
     def everything_has_one_owner(self) -> None:
         if hasattr(self, "simulation"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from qwen3_next.engine.plan import ScheduledSequence
 from qwen3_next.engine.request import Request, Status, common_prefix
 
-__all__ = ["Entry", "is_held_back", "rank_of"]
+__all__ = ["Entry", "is_held_back_by", "rank_of"]
 
 
 @dataclass(eq=False)
@@ -38,19 +38,24 @@ class Entry:
                 start = flight.end
         return start, uncertain
 
+    @property
+    def is_computing_its_prompt(self) -> bool:
+        """Whether it runs, and chunks remain to be planned."""
+        return self.request.status is Status.RUNNING and self.next_start()[0] < len(self.request.tokens) - 1
+
 
 def rank_of(entry: Entry) -> tuple[int, int]:
     """Sort by this."""
     return entry.rank
 
 
-def is_held_back(entry: Entry, running: Iterable[Entry], page_size: int) -> bool:
+def is_held_back_by(entry: Entry, computing: Iterable[Entry], page_size: int) -> bool:
     """Whether a request does better to wait: one of an earlier rank is computing the beginning of its prompt.
 
     The other one is made to keep its state where the two part.
     """
     if entry.awaited is None:
-        entry.awaited = _find_sharing(entry, running, page_size)
+        entry.awaited = _find_sharing(entry, computing, page_size)
     if entry.awaited is None:
         return False
     other, place = entry.awaited
@@ -61,11 +66,11 @@ def is_held_back(entry: Entry, running: Iterable[Entry], page_size: int) -> bool
     return entry.awaited is not None
 
 
-def _find_sharing(entry: Entry, running: Iterable[Entry], page_size: int) -> tuple[Entry, int] | None:
+def _find_sharing(entry: Entry, computing: Iterable[Entry], page_size: int) -> tuple[Entry, int] | None:
     tokens = entry.request.tokens
-    for other in running:
+    for other in computing:
         start, theirs = other.next_start()[0], other.request.tokens
-        if other.rank > entry.rank or other.request.status is not Status.RUNNING or start >= len(theirs) - 1:
+        if other.rank > entry.rank:
             continue
         # Worth the wait only for more than what is computed already: at least to the end of the next page.
         least = (other.request.computed // page_size + 1) * page_size

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from qwen3_next.engine.memory import Memory
 from qwen3_next.engine.plan import Plan, ScheduledSequence, SequenceResult, SnapshotOrder
 from qwen3_next.engine.prefix_cache import Match, MatchEnd
-from qwen3_next.engine.queue_entry import Entry, is_held_back, rank_of
+from qwen3_next.engine.queue_entry import Entry, is_held_back_by, rank_of
 from qwen3_next.engine.request import FinishReason, Request, RequestOutput, Status
 from qwen3_next.engine.scheduler_config import SchedulerConfig, SchedulerFigures
 from qwen3_next.errors import CapacityError, InputError, Qwen3NextError
@@ -113,6 +113,20 @@ class Scheduler:
         reports, self._reports = self._reports, []
         return reports
 
+    def withdraw(self, plan: Plan) -> None:
+        """A call failed as a whole, for want of memory for example: whoever took part starts again from the cache.
+
+        What the call left in its slots is not used, however far it came. Withdraw the last plan first.
+        """
+        last = self._plans.pop()
+        assert plan is last, "the last plan is withdrawn first"
+        for sequence in plan:
+            entry = self._entries[sequence.request.request_id]
+            entry.flights.pop()
+            entry.survives = False
+            entry.request.status = Status.LEAVING
+            self._leave_if_landed(entry)
+
     @property
     def has_work(self) -> bool:
         """Whether a request has not ended, or an end was not reported."""
@@ -150,7 +164,7 @@ class Scheduler:
         for entry in list(self._running):  # by rank: whoever is preempted on the way has not had its turn
             request = entry.request
             start, uncertain = entry.next_start()
-            room = self._limit(request) - (start + uncertain) - 2
+            room = self.config.most_tokens(request) - (start + uncertain) - 2
             if request.status is not Status.RUNNING or start < len(request.tokens) - 1 or room < 0:
                 continue
             drafts = min(entry.flights[-1].next_drafts if entry.flights else len(request.drafts), room)
@@ -177,16 +191,19 @@ class Scheduler:
         have their turn later: a state in the middle of a chunk must be asked for before it is computed.
         """
         admitted: list[Entry] = []
-        is_full = False
-        for entry in sorted((*self._running, *self._waiting[: self.config.max_sequences]), key=rank_of):
+        computing = [entry for entry in self._running if entry.is_computing_its_prompt]
+        is_full, size = False, self.memory.page_size
+        for entry in sorted((*computing, *self._waiting[: self.config.max_sequences]), key=rank_of):
             if entry.request.status is Status.WAITING:
-                if self._is_held_back(entry) or is_full or budget <= 0:
+                is_held_back = self._may_look_up(entry.request) and is_held_back_by(entry, computing, size)
+                if is_held_back or is_full or budget <= 0:
                     continue
                 is_full = not self._admit(entry)
-                if not is_full:
-                    admitted.append(entry)
-            if entry.request.status is Status.RUNNING:
-                budget -= max(0, len(entry.request.tokens) - entry.next_start()[0] - (entry not in admitted))
+                if is_full:
+                    continue
+                admitted.append(entry)
+                computing.append(entry)
+            budget -= len(entry.request.tokens) - entry.next_start()[0]
         return admitted
 
     def _chunk_length(self, entry: Entry, budget: int) -> int:
@@ -247,7 +264,7 @@ class Scheduler:
         request.status = Status.RUNNING
         request.computed = request.cached = match.position
         request.pending = 0 if match.snapshot is None else match.snapshot.pending
-        entry.snapshots = self._wanted_snapshots(request, match)
+        entry.snapshots = self.config.wanted_snapshots(request, match, memory.page_size)
         entry.awaited, entry.survives = None, True
         self._matches[match.end] += 1
         self._counts["looked up"] += len(request.tokens)
@@ -256,24 +273,13 @@ class Scheduler:
 
     def _lookup(self, request: Request) -> Match:
         """What of a request is cached; its last token is computed in any case, for the logits."""
-        limit = len(request.tokens) - 1
-        if not self.config.prefix_cache or (request.params.prompt_logprobs is not None and not request.output_length):
-            limit = 0  # the prompt's log-probabilities come from computing it
+        limit = len(request.tokens) - 1 if self._may_look_up(request) else 0
         return self.memory.lookup(request.tokens, limit)
 
-    def _is_held_back(self, entry: Entry) -> bool:
-        shares = self.config.prefix_cache and entry.request.params.prompt_logprobs is None
-        return shares and is_held_back(entry, self._running, self.memory.page_size)
-
-    def _wanted_snapshots(self, request: Request, match: Match) -> set[int]:
-        """Where other requests are likely to go on: before the last token of the prompt, where pages of others end, at
-        the request's branch points, and at every stride. All at ends of pages, and behind what is cached."""
-        if not self.config.prefix_cache:
-            return set()
-        last, size = len(request.prompt) - 1, self.memory.page_size
-        stride = range(self.config.snapshot_stride, len(request.tokens), self.config.snapshot_stride)
-        places = (last, match.pages, *(min(last, place) for place in request.branch_points), *stride)
-        return {place // size * size for place in places if place // size * size > match.position}
+    def _may_look_up(self, request: Request) -> bool:
+        """The log-probabilities of a prompt come from computing it."""
+        is_told = request.params.prompt_logprobs is None or request.output_length > 0
+        return self.config.prefix_cache and is_told
 
     def _make_room(self, entry: Entry, attempt: Callable[[], bool], below: int | None = None) -> bool:
         """Try until it works, each time with one request less of a later rank (and a priority below the one given)."""
@@ -317,7 +323,7 @@ class Scheduler:
         request = entry.request
         sampled = range(1, sequence.drafts + 2) if sequence.samples else range(1)
         assert len(result.tokens) in sampled or result.finish, f"{len(result.tokens)} tokens of {sequence}"
-        tokens, finish = self._cut(request, result)
+        tokens, finish = self.config.cut(request, result)
         request.computed = sequence.end if not sequence.awaits_verdict else request.computed + len(tokens)
         request.pending = len(tokens) if sequence.awaits_verdict else 0
         request.tokens += tokens
@@ -332,18 +338,6 @@ class Scheduler:
             self._end(entry, finish)
         if tokens or finish:
             self._reports.append(RequestOutput.of(request, tokens))
-
-    def _cut(self, request: Request, result: SequenceResult) -> tuple[tuple[int, ...], FinishReason | None]:
-        """The tokens up to the first that ends the request, and why it does."""
-        params = request.params
-        stop = {*params.stop_token_ids, *(() if params.ignore_eos else self.config.eos_token_ids)}
-        room = self._limit(request) - len(request.tokens)
-        for count, token in enumerate(result.tokens, 1):
-            if token in stop and request.output_length + count >= params.min_tokens:
-                return result.tokens[:count], FinishReason.STOP
-            if count == room and (result.finish is None or count < len(result.tokens)):
-                return result.tokens[:count], FinishReason.LENGTH
-        return result.tokens, result.finish
 
     def _end(self, entry: Entry, finish: FinishReason, error: Qwen3NextError | None = None) -> None:
         request = entry.request
@@ -383,9 +377,3 @@ class Scheduler:
     def _forget(self, entry: Entry) -> None:
         entry.request.status = Status.FINISHED
         del self._entries[entry.request.request_id]
-
-    def _limit(self, request: Request) -> int:
-        """The most tokens that prompt and output together may have."""
-        output = request.params.max_tokens
-        most = self.config.max_context
-        return most if output is None else min(most, len(request.prompt) + output)
