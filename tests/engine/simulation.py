@@ -154,6 +154,9 @@ class Simulation:
         plan = self.scheduler.plan(next_drafts)
         assert plan.token_count <= self.scheduler.config.token_budget
         assert len(plan) <= self.scheduler.config.max_sequences
+        for sequence in plan:
+            most = sequence.start + sequence.uncertain + sequence.length
+            assert most < self.scheduler.config.most_tokens(sequence.request), "positions beyond the last token"
         self.flights.append((plan, self.device.run(plan)))
         self.scheduler.check()
         return plan

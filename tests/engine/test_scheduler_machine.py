@@ -20,6 +20,7 @@ from qwen3_next.engine import (
 from qwen3_next.errors import Qwen3NextError
 
 TOKENS = st.integers(1, VOCABULARY - 1)
+BACK = st.just(0) | st.integers(0, 12)
 OPTIONS = {
     "priority": st.integers(-1, 2),
     "output": st.none() | st.integers(1, 12),
@@ -73,7 +74,7 @@ class ScheduleMachine(RuleBasedStateMachine):
         self.add(prompt, priority, output, ignore_eos, logprobs)
 
     @precondition(lambda self: self.simulation.requests)
-    @rule(data=st.data(), more=st.lists(TOKENS, min_size=1, max_size=6), back=st.integers(0, 12), **OPTIONS)
+    @rule(data=st.data(), more=st.lists(TOKENS, min_size=1, max_size=6), back=BACK, **OPTIONS)
     def continue_or_edit(self, data, more, back, priority, output, ignore_eos, logprobs) -> None:
         """The next turn of a chat, a turn that was edited, or a branch of a prompt that is still computed."""
         request = self.simulation.requests[data.draw(st.sampled_from(sorted(self.simulation.requests)))]

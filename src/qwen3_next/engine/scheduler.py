@@ -155,7 +155,8 @@ class Scheduler:
             assert (entry.request.status, len(entry.flights), entry.request.computed) == (Status.WAITING, 0, 0)
         for entry in self._running:
             request = entry.request
-            assert request.status is (Status.RUNNING if request.finish is None else Status.LEAVING) or entry.flights
+            assert entry.flights if request.status is Status.LEAVING else request.status is Status.RUNNING
+            assert request.finish is None or request.status is Status.LEAVING
             assert 0 <= request.pending <= request.computed <= len(request.tokens)
             assert len(self.memory.page_table(request.request_id)) >= self.memory.pages_for(request.computed)
 
