@@ -4,6 +4,7 @@ import ast
 import io
 import re
 import statistics
+import sys
 import textwrap
 import tokenize
 from collections.abc import Iterator
@@ -30,10 +31,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"errors", "config", "ops"},
     "auto": {"errors", "config", "model"},
     "train": {"errors", "config", "ops", "model"},
-    "cli": {"errors", "config", "ops", "model", "auto", "train"},
+    "engine": {"errors", "config", "ops", "model"},
+    "cli": {"errors", "config", "ops", "model", "auto", "train", "engine"},
     "__init__": {"errors", "config", "ops", "model", "auto"},
 }
 ENTRY_POINTS = {"cli.py", "__main__.py"}
+
+# Who owns which page and slot, and who takes part in a call, is decided in plain Python.
+WITHOUT_TORCH = {
+    "memory.py",
+    "plan.py",
+    "prefix_cache.py",
+    "queue_entry.py",
+    "request.py",
+    "scheduler.py",
+    "scheduler_config.py",
+}
 
 
 def part_of(module: str) -> str:
@@ -109,6 +122,13 @@ def test_imports_run_one_way(path: Path) -> None:
     for module in own_imports(path):
         target = part_of(module)
         assert target == part or target in MAY_IMPORT[part], f"{shown(path)} must not import {module}"
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_TORCH))
+def test_owning_and_scheduling_need_no_torch(name: str) -> None:
+    own = {f"qwen3_next.engine.{Path(other).stem}" for other in WITHOUT_TORCH} | {"qwen3_next.errors"}
+    for module in imported_modules(PACKAGE / "engine" / name):
+        assert module in own or module.split(".")[0] in sys.stdlib_module_names, f"{name} must not import {module}"
 
 
 def test_the_parts_form_no_circle() -> None:

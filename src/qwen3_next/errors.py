@@ -5,6 +5,7 @@
     ├── CheckpointError  ValueError,  a checkpoint is missing, truncated, incomplete or holds something else
     │                    RuntimeError
     ├── InputError       ValueError   the arguments of one call do not fit the model or each other
+    │   └── CapacityError             a request, or a scheduler, that the engine's memory can never hold
     ├── BackendError     RuntimeError the requested kernels or device cannot run here
     └── TrainingError    RuntimeError a training run cannot start or go on
         ├── DataError                 the training data is missing, empty or malformed
@@ -17,6 +18,7 @@ the built-in exception that a caller would have caught without knowing this pack
 
 __all__ = [
     "BackendError",
+    "CapacityError",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -45,6 +47,10 @@ class CheckpointError(Qwen3NextError, ValueError, RuntimeError):
 
 class InputError(Qwen3NextError, ValueError):
     """The arguments of one call do not fit the model or each other."""
+
+
+class CapacityError(InputError):
+    """What was asked for needs more pages, slots or context than the engine has, however long it waits."""
 
 
 class BackendError(Qwen3NextError, RuntimeError):
