@@ -79,7 +79,11 @@ class Book:
 
     @torch.no_grad()
     def read(
-        self, tokens: Sequence[Tensor], accepted: Sequence[int] | None = None, snapshots: Snapshots | None = None
+        self,
+        tokens: Sequence[Tensor],
+        accepted: Sequence[int] | None = None,
+        snapshots: Snapshots | None = None,
+        steps: int | None = None,
     ) -> list[Tensor]:
         """Hidden states of new tokens; `lengths` counts all of them afterwards."""
         device, inputs = self.model.device, inputs_of(tokens, self.lengths)
@@ -92,6 +96,7 @@ class Book:
             None if accepted is None else torch.tensor(accepted, dtype=torch.int32, device=device),
             tuple(self.lengths),
             snapshots,
+            steps,
         )
         return list(self.model.model.forward_packed(inputs, cache).hidden.split([len(t) for t in tokens]))
 
@@ -144,6 +149,24 @@ def test_rejected_drafts_leave_no_trace(shipped: Qwen3NextForCausalLM) -> None:
             book.lengths[n] = before[n] + right
         # Of a sequence without tokens nothing is pending.
         accepted, was_long = [right for right, _ in news], is_long
+
+
+def test_steps_that_await_a_verdict_and_chunks_of_prompts_share_a_call(shipped: Qwen3NextForCausalLM) -> None:
+    tokens = random_tokens(shipped, [40, 30, 70])
+    expected, book = whole(shipped, tokens), Book(shipped, 3)
+    spare = int(book.slots[3])
+    first = book.read([tokens[0][:20], tokens[1][:9], tokens[2][:2]], steps=0)  # a chunk of two tokens counts at once
+    wrong = (tokens[0][22:24] + 1) % 4000
+    drafts = [torch.cat([tokens[0][20:22], wrong]), tokens[1][9:12], tokens[2][2:35]]
+    second = book.read(drafts, [0, 0, 0], Snapshots.at([14], [spare]), steps=2)
+    book.lengths = [22, 12, 35]  # the two wrong drafts do not count
+    third = book.read([tokens[0][22:23], tokens[1][12:29], tokens[2][35:]], [2, 3, 0], steps=1)
+    for n, (a, b, c) in enumerate(zip(first, second, third, strict=True)):
+        b = b[:2] if n == 0 else b
+        assert relative_error(torch.cat([a, b, c]), expected[n][: len(a) + len(b) + len(c)]) < TOLERANCE
+    book.slots, book.lengths = torch.stack([book.slots[0], book.slots[1], book.slots[3]]), [23, 29, 16]
+    resumed = book.read([tokens[0][23:24], tokens[1][29:], tokens[2][16:40]], [1, 0, 0], steps=1)
+    assert relative_error(resumed[2], expected[2][16:40]) < TOLERANCE
 
 
 def test_null_sequences_change_nothing(shipped: Qwen3NextForCausalLM) -> None:

@@ -75,13 +75,25 @@ class StateSlots:
         slots: int32, of each sequence; negative for a null sequence, which has no state.
         accepted: int32, how many of the tokens that the last call left pending are now part of each sequence; None
             where tokens are not drafts. See `delta_net_step_`.
-        snapshots: states inside the new tokens to be copied into further slots.
+        snapshots: states inside the new tokens to be copied into further slots; their positions count from the first
+            token behind the steps.
+        steps: how many sequences, the first ones, bring tokens that await a verdict; None: all, where each brings but a
+            few tokens and there are no snapshots, else none.
     """
 
     state: StepState
     slots: Int[Tensor, "N"]
     accepted: Int[Tensor, "N"] | None = None
     snapshots: Snapshots | None = None
+    steps: int | None = None
+
+    def split(self, count: int) -> "tuple[StateSlots, StateSlots]":
+        """For the first `count` sequences, which are steps, and for the others."""
+        accepted = (None, None) if self.accepted is None else (self.accepted[:count], self.accepted[count:])
+        return (
+            StateSlots(self.state, self.slots[:count], accepted[0]),
+            StateSlots(self.state, self.slots[count:], accepted[1], self.snapshots),
+        )
 
 
 class ModelCache(Protocol):

@@ -75,18 +75,31 @@ class GatedDeltaNet(nn.Module):
     def _mix_in_slots(
         self, qkvz: Float[Tensor, "T P"], ba: Float[Tensor, "T 2*Hv"], segments: Segments, cache: StateSlots
     ) -> Float[Tensor, "T Hv*Dv"]:
-        """The same on states in slots, for inference; where any sequence brings more than a few tokens, in chunks."""
+        """The same on states in slots, for inference: steps go token by token, everything else in chunks."""
+        is_few = segments.max_length <= STEP_TOKENS and cache.snapshots is None
+        steps = cache.steps if cache.steps is not None else segments.count * is_few
+        if steps in (0, segments.count):
+            return (self._mix_steps if steps else self._mix_chunks)(qkvz, ba, segments, cache)
+        (first, others), (of_first, of_others) = segments.split(steps), cache.split(steps)
+        border = first.total
+        mixed = self._mix_steps(qkvz[:border], ba[:border], first, of_first)
+        return torch.cat([mixed, self._mix_chunks(qkvz[border:], ba[border:], others, of_others)])
+
+    def _mix_steps(self, qkvz: Tensor, ba: Tensor, segments: Segments, cache: StateSlots) -> Tensor:
+        return delta_net_step_(qkvz, ba, self._step_weights(), cache.state, cache.slots, segments, cache.accepted)
+
+    def _mix_chunks(self, qkvz: Tensor, ba: Tensor, segments: Segments, cache: StateSlots) -> Tensor:
         state, slots, snapshots = cache.state, cache.slots, cache.snapshots
-        conv, columns = self.conv1d.weight[:, 0], self.columns
-        weights = StepWeights(conv, self.A_log, self.dt_bias, self.norm.weight, self.norm.eps, columns)
-        if segments.max_length <= STEP_TOKENS and snapshots is None:
-            return delta_net_step_(qkvz, ba, weights, state, slots, segments, cache.accepted)
         if cache.accepted is not None:  # drafts of an earlier call become part of the states before the new tokens do
             nothing = Segments.uniform(segments.count, 0, segments.device)
-            delta_net_step_(qkvz[:0], ba[:0], weights, state, slots, nothing, cache.accepted)
-        qkv = causal_conv_(qkvz, conv, segments, state.conv, slots, columns, snapshots)
-        q, k, v = columns.heads(qkv)
+            delta_net_step_(qkvz[:0], ba[:0], self._step_weights(), state, slots, nothing, cache.accepted)
+        conv, columns = self.conv1d.weight[:, 0], self.columns
+        q, k, v = columns.heads(causal_conv_(qkvz, conv, segments, state.conv, slots, columns, snapshots))
         log_decay, beta = self._gates(ba)
         output = gated_delta_rule_(q, k, v, log_decay, beta, segments, state.recurrent, slots, snapshots)
         z = columns.gate(qkvz)
         return self.norm(output.view(z.shape), z).flatten(1)
+
+    def _step_weights(self) -> StepWeights:
+        conv = self.conv1d.weight[:, 0]
+        return StepWeights(conv, self.A_log, self.dt_bias, self.norm.weight, self.norm.eps, self.columns)

@@ -99,9 +99,9 @@ class PackedCache:
     and on `known_lengths` and the positions of `snapshots` where they are given; so with one number of new tokens for
     every sequence a CUDA graph can hold it, filled up with null sequences: those have a negative slot and length 0.
 
-    Where every sequence brings at most `STEP_TOKENS` tokens, these may be drafts: with `accepted` they become part of
-    the states only when the next call accepts them. In a call with longer sequences all new tokens count at once, and
-    the next `accepted` is 0. Keys and values need no such care: the next call's are written over rejected ones, whose
+    The first `steps` sequences bring at most `STEP_TOKENS` tokens each, which may be drafts: with `accepted` they become
+    part of the states only when the next call accepts them. The tokens of the other sequences count at once, and their
+    next `accepted` is 0. Keys and values need no such care: the next call's are written over rejected ones, whose
     `lengths` it does not count.
 
     Attributes:
@@ -111,7 +111,9 @@ class PackedCache:
         slots: int32, distinct, of each sequence; a new one's are to be cleared before.
         accepted: int32, how many of each sequence's pending tokens now count; None where calls bring no drafts.
         known_lengths: `lengths` as host integers, where they are known; makes long prompts faster.
-        snapshots: DeltaNet states in the middle of this call that are copied into further slots.
+        snapshots: DeltaNet states in the middle of this call that are copied into further slots; their positions count
+            from the first token behind the steps.
+        steps: see above; None: all sequences, where each brings at most `STEP_TOKENS` tokens, else none.
     """
 
     memory: PackedMemory
@@ -121,6 +123,7 @@ class PackedCache:
     accepted: Int[Tensor, "N"] | None = None
     known_lengths: tuple[int, ...] | None = None
     snapshots: Snapshots | None = None
+    steps: int | None = None
 
     def attention(self, layer: int) -> KeyPages:
         """The keys and values of an attention layer."""
@@ -132,4 +135,4 @@ class PackedCache:
         memory, place = self.memory, self.memory.place(layer)
         fields = (memory.recurrent, memory.conv, memory.pending_qkv, memory.pending_ba)
         state = StepState(*(field[place] for field in fields))
-        return StateSlots(state, self.slots, self.accepted, self.snapshots)
+        return StateSlots(state, self.slots, self.accepted, self.snapshots, self.steps)

@@ -91,6 +91,20 @@ class Segments:
         return self.parts[size]
 
 
+    @cached_property
+    def splits(self) -> "dict[int, tuple[Segments, Segments]]":
+        """What `split` has found, by count."""
+        return {}
+
+    def split(self, count: int) -> "tuple[Segments, Segments]":
+        """The first `count` sequences and the others, each as if they were alone; found once per count."""
+        if count not in self.splits:
+            borders = self.cu_seqlens
+            others = Segments(borders[count:] - borders[count], self.lengths[count:])
+            self.splits[count] = Segments(borders[: count + 1], self.lengths[:count]), others
+        return self.splits[count]
+
+
 @dataclass(frozen=True, eq=False)
 class Parts:
     """Sequences cut into parts of one size; a part never holds tokens of two sequences.

@@ -1,0 +1,165 @@
+"""From logits to tokens, for many sequences at once, each by its own parameters and its own random numbers."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from qwen3_next.engine.request import Request, SamplingParams
+
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_WORD = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One row of logits and whose it is.
+
+    Attributes:
+        request: its committed tokens are those that penalties count.
+        seed: of its random numbers.
+    """
+
+    request: Request
+    seed: int
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What came of a row.
+
+    Attributes:
+        token: None where the logits were not finite.
+        logprob: of the token, by the model's own distribution; None where it was not asked for.
+        top_logprobs: of the likeliest tokens, the likeliest first.
+    """
+
+    token: int | None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@torch.no_grad()
+def draw(logits: Float[Tensor, "R V"], draws: Sequence[Draw], known: int, ends: frozenset[int]) -> list[Drawn]:
+    """One token for each row; a row's token depends on nothing but that row and its `Draw`.
+
+    Args:
+        known: ids from here on only fill up the head, and never come.
+        ends: the model's own end tokens, which do not come before a request's `min_tokens`.
+    """
+    if not draws:
+        return []
+    raw = logits[:, :known].float()
+    is_sound = raw.isfinite().all(dim=1)
+    adjusted = _adjusted(raw, draws, ends)
+    chosen = adjusted.argmax(dim=1)
+    rows = [row for row, one in enumerate(draws) if one.request.params.temperature > 0]
+    if rows:
+        index = torch.tensor(rows, device=logits.device)
+        chosen[index] = _drawn(adjusted[index], [draws[row] for row in rows])
+    return _reported(raw, chosen, is_sound, draws)
+
+
+def uniform(seed: int, position: int) -> float:
+    """A random number in [0, 1) that depends on the seed of a request and a position alone.
+
+    Two rounds of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
+    """
+    return (_mixed(_mixed(seed & _WORD) ^ position) >> 11) / 2**53
+
+
+def _mixed(word: int) -> int:
+    word = (word + _GOLDEN) & _WORD
+    word = ((word ^ (word >> 30)) * _FIRST) & _WORD
+    word = ((word ^ (word >> 27)) * _SECOND) & _WORD
+    return word ^ (word >> 31)
+
+
+def _adjusted(raw: Float[Tensor, "R V"], draws: Sequence[Draw], ends: frozenset[int]) -> Float[Tensor, "R V"]:
+    """Penalties, biases, and ends that may not come yet; rows without any stay what they are."""
+    adjusted = raw.clone() if any(_changes(one.request) for one in draws) else raw
+    for row, one in enumerate(draws):
+        request, params = one.request, one.request.params
+        if not _changes(request):
+            continue
+        _penalize_(adjusted[row], request, params)
+        biases = {token: bias for token, bias in params.logit_bias.items() if token < raw.shape[1]}
+        if request.output_length < params.min_tokens:
+            stops = {*params.stop_token_ids, *(() if params.ignore_eos else ends)}
+            biases |= {token: -math.inf for token in stops if token < raw.shape[1]}
+        if biases:
+            ids = torch.tensor(list(biases), device=raw.device)
+            adjusted[row, ids] += torch.tensor(list(biases.values()), device=raw.device)
+    return adjusted
+
+
+def _changes(request: Request) -> bool:
+    params = request.params
+    penalties = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+    return bool(penalties or params.logit_bias or request.output_length < params.min_tokens)
+
+
+def _penalize_(logits: Float[Tensor, "V"], request: Request, params: SamplingParams) -> None:
+    """Repetition counts prompt and output, presence and frequency the output alone."""
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(sorted({t for t in request.tokens if t < len(logits)}), device=logits.device)
+        found = logits[seen]
+        logits[seen] = torch.where(found > 0, found / params.repetition_penalty, found * params.repetition_penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        counts = Counter(t for t in request.output if t < len(logits))
+        if counts:
+            ids = torch.tensor(list(counts), device=logits.device)
+            times = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
+            logits[ids] -= params.presence_penalty + params.frequency_penalty * times
+
+
+def _drawn(logits: Float[Tensor, "R V"], draws: Sequence[Draw]) -> Int[Tensor, "R"]:
+    """By the inverse of the distribution function, over tokens from the likeliest to the least likely."""
+    params = [one.request.params for one in draws]
+
+    def column(values: list[float]) -> Float[Tensor, "R 1"]:
+        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+
+    scaled = logits.double() / column([p.temperature for p in params])
+    probabilities, tokens = scaled.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+    probabilities = torch.where(_kept(probabilities, params, column), probabilities, 0)
+    sums = probabilities.cumsum(dim=1)
+    chances = column([uniform(one.seed, len(one.request.tokens)) for one in draws])
+    places = torch.searchsorted(sums, chances * sums[:, -1:], right=True)
+    last = (probabilities > 0).sum(dim=1, keepdim=True) - 1  # rounding never leads beyond what was kept
+    return tokens.gather(1, places.minimum(last))[:, 0]
+
+
+def _kept(probabilities: Float[Tensor, "R V"], params: Sequence[SamplingParams], column: object) -> Bool[Tensor, "R V"]:
+    """What top-k, top-p and min-p leave of sorted probabilities; the likeliest token always."""
+    assert callable(column)
+    size = probabilities.shape[1]
+    places = torch.arange(size, device=probabilities.device)
+    before = probabilities.cumsum(dim=1) - probabilities
+    kept = places < column([float(p.top_k or size) for p in params])
+    kept &= before < column([p.top_p for p in params])
+    kept &= probabilities >= column([p.min_p for p in params]) * probabilities[:, :1]
+    return kept | (places == 0)
+
+
+def _reported(
+    raw: Float[Tensor, "R V"], chosen: Int[Tensor, "R"], is_sound: Bool[Tensor, "R"], draws: Sequence[Draw]
+) -> list[Drawn]:
+    tokens, sound = chosen.tolist(), is_sound.tolist()
+    result: list[Drawn] = []
+    for row, one in enumerate(draws):
+        wanted = one.request.params.logprobs
+        if not sound[row]:
+            result.append(Drawn(None))
+        elif wanted is None:
+            result.append(Drawn(tokens[row]))
+        else:
+            logprobs = raw[row].log_softmax(dim=0)
+            values, ids = logprobs.topk(min(wanted, len(logprobs)))
+            top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+            result.append(Drawn(tokens[row], float(logprobs[tokens[row]]), top))
+    return result
