@@ -27,8 +27,9 @@ import qwen3_next
 from qwen3_next import InputError, Qwen3NextConfig, Qwen3NextForCausalLM
 from qwen3_next.cli import main
 from qwen3_next.cli_info import SHORT_CONTEXT, USABLE, Memory, capacity
-from qwen3_next.cli_model import choose_dtype
-from qwen3_next.cli_text import Characters, SamplingOptions, StopStrings, Writer
+from qwen3_next.cli_text import SamplingOptions, Writer
+from qwen3_next.engine.loading import choose_dtype
+from qwen3_next.engine.text import Characters, StopStrings
 from qwen3_next.model.bare import BareCausalLM
 from qwen3_next.ops.backend import OPERATIONS
 from qwen3_next.ops.sampling import Sampling
@@ -519,7 +520,7 @@ def _not_installed(package: str) -> str:
     ("arguments", "named"),
     [
         (("generate", "x", "--model", "./nowhere"), "nowhere"),
-        (("generate", "x", "--model", ""), "--model is empty"),
+        (("generate", "x", "--model", ""), "model is empty"),
         (("generate", "x", "--seed", "-1"), "--seed"),
         (("generate", "x", "--seed", str(2**64)), "--seed"),
         (("generate", "x", "--dtype", "int3"), "int3"),

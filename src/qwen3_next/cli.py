@@ -70,8 +70,8 @@ def generate(
     device: Device = "auto",
 ) -> None:
     """Continue a text. Options of sampling default to the model's generation_config.json."""
-    from qwen3_next.cli_model import find_model, load_model
     from qwen3_next.cli_text import SamplingOptions, Writer
+    from qwen3_next.engine.loading import find_model, load_model
 
     text = _stdin().removesuffix("\n") if prompt == "-" else prompt
     loaded = load_model(find_model(model), dtype, device)
@@ -109,8 +109,8 @@ def chat(
 ) -> None:
     """Talk with the model, a line a turn; /reset begins anew, /exit or the end of the input ends."""
     from qwen3_next.cli_chat import Conversation
-    from qwen3_next.cli_model import find_model, load_model
     from qwen3_next.cli_text import SamplingOptions
+    from qwen3_next.engine.loading import find_model, load_model
 
     loaded = load_model(find_model(model), dtype, device)
     options = SamplingOptions(
@@ -165,7 +165,7 @@ def info(
 ) -> None:
     """Show the architecture, its parameters and memory, and what fits this machine; reads no weights."""
     from qwen3_next.cli_info import tables
-    from qwen3_next.cli_model import SHIPPED, find_model, read_config
+    from qwen3_next.engine.loading import SHIPPED, find_model, read_config
 
     directory = find_model(model, weights=False)
     console = Console()

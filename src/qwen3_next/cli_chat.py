@@ -10,7 +10,7 @@ from qwen3_next.errors import CheckpointError
 from qwen3_next.ops.sampling import Sampling
 
 if TYPE_CHECKING:
-    from qwen3_next.cli_model import LoadedModel
+    from qwen3_next.engine.loading import LoadedModel
 
 _ANSWER = "\ue000"  # of the private use area: stands for an answer where only what follows it is wanted
 

@@ -1,6 +1,5 @@
 """What a model is and what it needs, as tables, from its configuration alone."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +8,7 @@ import torch
 from rich.table import Table
 
 from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.engine.loading import ram_bytes
 from qwen3_next.errors import InputError
 
 WEIGHT_FORMATS: dict[str, torch.dtype | Literal["fp8"]] = {
@@ -64,7 +64,7 @@ def capacity(config: Qwen3NextConfig, memory: int, weights: torch.dtype | Litera
 
 def memories() -> Iterator[Memory]:
     """The memories of this machine."""
-    yield Memory("RAM", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    yield Memory("RAM", ram_bytes())
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         yield Memory(f"cuda:{index} {found.name}", found.total_memory)

@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qwen3_next.engine.text import Characters, StopStrings
 from qwen3_next.errors import BackendError, CheckpointError, InputError
 from qwen3_next.model.bare import SequenceCache
 from qwen3_next.ops.sampling import Sampling, sample
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from qwen3_next.cli_model import LoadedModel
-
-INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+    from qwen3_next.engine.loading import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +127,11 @@ class Writer:
         """Yield the text that follows in whole characters, up to an end token, a stop string or the context's end.
 
         Raises:
+            InputError: a stop string is empty.
             BackendError: the device has not enough memory.
         """
+        if not all(stops):
+            raise InputError("--stop '' would end every text at once; give at least one character.")
         characters, held = Characters(self.loaded.tokenizer), StopStrings(stops)
         for token in self._tokens(max_tokens):
             if text := held.push(characters.push(token)):
@@ -163,56 +163,6 @@ class Writer:
                 f"{len(self.token_ids)} tokens do not fit the memory of {self.loaded.device} beside the weights; "
                 "shorten the text, or use --device cpu."
             ) from error
-
-
-class Characters:
-    """Tokens in, text out, held back while a character's bytes are not all there."""
-
-    def __init__(self, tokenizer: "Tokenizer") -> None:
-        self.tokenizer = tokenizer
-        self.pending: list[int] = []
-
-    def push(self, token: int) -> str:
-        """The text that this token completes."""
-        self.pending.append(token)
-        text = self.tokenizer.decode(self.pending)
-        if text.endswith(INCOMPLETE):
-            return ""
-        self.pending.clear()
-        return text
-
-    def finish(self) -> str:
-        """The rest, less a character that was cut."""
-        return self.tokenizer.decode(self.pending).rstrip(INCOMPLETE)
-
-
-class StopStrings:
-    """Text in, text out, up to the first stop string; what could become one is held back."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        if not all(stops):
-            raise InputError("--stop '' would end every text at once; give at least one character.")
-        self.stops = stops
-        self.held = ""
-        self.found = False
-
-    def push(self, text: str) -> str:
-        """What may be shown now."""
-        text = self.held + text
-        ends = [place for stop in self.stops if (place := text.find(stop)) >= 0]
-        self.found = bool(ends)
-        shown = min(ends) if ends else len(text) - max((_overlap(text, stop) for stop in self.stops), default=0)
-        self.held = text[shown:]
-        return text[:shown]
-
-    def finish(self) -> str:
-        """What was held back, where no stop string came of it."""
-        return "" if self.found else self.held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest beginning of `stop` that `text` ends with."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _or(*values: Any) -> Any:

@@ -1,5 +1,8 @@
-"""The engine: prompts in, text out. So far the part that decides and owns, without torch."""
+"""The engine: prompts in, text out."""
 
+from qwen3_next.engine.config import EngineConfig
+from qwen3_next.engine.engine import Engine, Output
+from qwen3_next.engine.llm import LLM, Completion
 from qwen3_next.engine.memory import Copy, Memory, MemoryFigures
 from qwen3_next.engine.plan import Plan, ScheduledSequence, SequenceResult, SnapshotOrder
 from qwen3_next.engine.prefix_cache import MatchEnd
@@ -8,11 +11,16 @@ from qwen3_next.engine.scheduler import Scheduler
 from qwen3_next.engine.scheduler_config import SchedulerConfig, SchedulerFigures
 
 __all__ = [
+    "LLM",
+    "Completion",
     "Copy",
+    "Engine",
+    "EngineConfig",
     "FinishReason",
     "MatchEnd",
     "Memory",
     "MemoryFigures",
+    "Output",
     "Plan",
     "Request",
     "RequestOutput",

@@ -119,31 +119,30 @@ def _penalize_(logits: Float[Tensor, "V"], request: Request, params: SamplingPar
 
 def _drawn(logits: Float[Tensor, "R V"], draws: Sequence[Draw]) -> Int[Tensor, "R"]:
     """By the inverse of the distribution function, over tokens from the likeliest to the least likely."""
-    params = [one.request.params for one in draws]
-
-    def column(values: list[float]) -> Float[Tensor, "R 1"]:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
-
-    scaled = logits.double() / column([p.temperature for p in params])
+    params, device = [one.request.params for one in draws], logits.device
+    scaled = logits.double() / _column([p.temperature for p in params], device)
     probabilities, tokens = scaled.softmax(dim=1).sort(dim=1, descending=True, stable=True)
-    probabilities = torch.where(_kept(probabilities, params, column), probabilities, 0)
+    probabilities = torch.where(_kept(probabilities, params), probabilities, 0)
     sums = probabilities.cumsum(dim=1)
-    chances = column([uniform(one.seed, len(one.request.tokens)) for one in draws])
+    chances = _column([uniform(one.seed, len(one.request.tokens)) for one in draws], device)
     places = torch.searchsorted(sums, chances * sums[:, -1:], right=True)
     last = (probabilities > 0).sum(dim=1, keepdim=True) - 1  # rounding never leads beyond what was kept
     return tokens.gather(1, places.minimum(last))[:, 0]
 
 
-def _kept(probabilities: Float[Tensor, "R V"], params: Sequence[SamplingParams], column: object) -> Bool[Tensor, "R V"]:
+def _kept(probabilities: Float[Tensor, "R V"], params: Sequence[SamplingParams]) -> Bool[Tensor, "R V"]:
     """What top-k, top-p and min-p leave of sorted probabilities; the likeliest token always."""
-    assert callable(column)
-    size = probabilities.shape[1]
-    places = torch.arange(size, device=probabilities.device)
+    size, device = probabilities.shape[1], probabilities.device
+    places = torch.arange(size, device=device)
     before = probabilities.cumsum(dim=1) - probabilities
-    kept = places < column([float(p.top_k or size) for p in params])
-    kept &= before < column([p.top_p for p in params])
-    kept &= probabilities >= column([p.min_p for p in params]) * probabilities[:, :1]
+    kept = places < _column([p.top_k or size for p in params], device)
+    kept &= before < _column([p.top_p for p in params], device)
+    kept &= probabilities >= _column([p.min_p for p in params], device) * probabilities[:, :1]
     return kept | (places == 0)
+
+
+def _column(values: Sequence[float], device: torch.device) -> Float[Tensor, "R 1"]:
+    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
 
 def _reported(

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qwen3_next.errors import InputError
-
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -36,8 +34,7 @@ class StopStrings:
     """Text in, text out, up to the first stop string; what could become one is held back."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        if not all(stops):
-            raise InputError("--stop '' would end every text at once; give at least one character.")
+        assert all(stops), "an empty stop string would end every text at once"
         self.stops = stops
         self.held = ""
         self.found = False

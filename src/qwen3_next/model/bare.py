@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from qwen3_next.config import Qwen3NextConfig
-from qwen3_next.model.cache import CachedKeys, DeltaNetState
+from qwen3_next.model.cache import CachedKeys, DeltaNetState, ModelCache
 from qwen3_next.model.decoder import DecoderLayer
 from qwen3_next.model.inputs import PackedInputs
 from qwen3_next.model.layers import RMSNorm, RotaryEmbedding
@@ -38,7 +38,7 @@ class BareNetwork(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, inputs: PackedInputs, cache: "SequenceCache") -> Float[Tensor, "T D"]:
+    def forward(self, inputs: PackedInputs, cache: ModelCache) -> Float[Tensor, "T D"]:
         """The states after the final norm, `[T, D]`."""
         x = self.embed_tokens(inputs.token_ids)
         rotary = self.rotary_emb(x, inputs.positions)

@@ -99,9 +99,9 @@ class PackedCache:
     and on `known_lengths` and the positions of `snapshots` where they are given; so with one number of new tokens for
     every sequence a CUDA graph can hold it, filled up with null sequences: those have a negative slot and length 0.
 
-    The first `steps` sequences bring at most `STEP_TOKENS` tokens each, which may be drafts: with `accepted` they become
-    part of the states only when the next call accepts them. The tokens of the other sequences count at once, and their
-    next `accepted` is 0. Keys and values need no such care: the next call's are written over rejected ones, whose
+    The first `steps` sequences bring at most `STEP_TOKENS` tokens each, which may be drafts: with `accepted` they
+    become part of the states only when the next call accepts them. The tokens of the other sequences count at once, and
+    their next `accepted` is 0. Keys and values need no such care: the next call's are written over rejected ones, whose
     `lengths` it does not count.
 
     Attributes:

@@ -90,7 +90,6 @@ class Segments:
             self.parts[size] = Parts.of(self, size)
         return self.parts[size]
 
-
     @cached_property
     def splits(self) -> "dict[int, tuple[Segments, Segments]]":
         """What `split` has found, by count."""

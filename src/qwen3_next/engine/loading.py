@@ -1,6 +1,7 @@
 """Find a checkpoint by path or hub id, and load of it what a command needs."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from qwen3_next.config import Qwen3NextConfig
     from qwen3_next.model.bare import BareCausalLM
 
-SHIPPED = Path(__file__).parent / "assets"
+SHIPPED = Path(__file__).parent.parent / "assets"
 """The model in the package."""
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -71,13 +72,11 @@ def find_model(name: str | None, *, weights: bool = True) -> Path:
     if name is None:
         return SHIPPED
     if not name:
-        raise InputError("--model is empty; give a directory or a hub id, or leave it out for the model in the box.")
+        raise InputError("model is empty; give a directory or a hub id, or leave it out for the model in the box.")
     if (path := Path(name).expanduser()).is_dir():
         return path
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
-        raise CheckpointError(
-            f"--model {name}: no such directory; give a checkpoint's directory or a hub id (org/name)."
-        )
+        raise CheckpointError(f"model {name}: no such directory; give a checkpoint's directory or a hub id (org/name).")
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -86,7 +85,7 @@ def find_model(name: str | None, *, weights: bool = True) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"--model {name}: no such directory, and the hub did not give it ({reason}); check the name."
+            f"model {name}: no such directory, and the hub did not give it ({reason}); check the name."
         ) from error
 
 
@@ -147,9 +146,9 @@ def choose_device(name: str) -> "torch.device":
         return torch.device("cuda" if count else "cpu")
     found = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
     if found is None:
-        raise InputError(f"--device {name} is unknown. Allowed: auto, cpu, cuda, cuda:N.")
+        raise InputError(f"device {name} is unknown. Allowed: auto, cpu, cuda, cuda:N.")
     if name != "cpu" and int(found[1] or 0) >= count:
-        raise BackendError(f"--device {name}: this machine has {count} CUDA devices; use cpu or auto.")
+        raise BackendError(f"device {name}: this machine has {count} CUDA devices; use cpu or auto.")
     return torch.device(name)
 
 
@@ -166,20 +165,19 @@ def choose_dtype(name: str, config: "Qwen3NextConfig", device: "torch.device") -
     import torch
 
     if name not in DTYPES:
-        raise InputError(f"--dtype {name} is unknown. Allowed: {', '.join(DTYPES)}.")
+        raise InputError(f"dtype {name} is unknown. Allowed: {', '.join(DTYPES)}.")
     if name != "auto":
         return getattr(torch, name)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     emulated = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    if stored == torch.bfloat16 and emulated and 2 * config.weight_bytes(torch.float32) <= _ram_bytes():
+    if stored == torch.bfloat16 and emulated and 2 * config.weight_bytes(torch.float32) <= ram_bytes():
         return torch.float32
     return stored
 
 
-def _ram_bytes() -> int:
-    from qwen3_next.cli_info import memories
-
-    return next(memories()).bytes
+def ram_bytes() -> int:
+    """Of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _tokenizer(directory: Path) -> "Tokenizer":
@@ -220,7 +218,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{file} does not exist; --model needs the directory of a whole checkpoint.") from error
+        raise CheckpointError(f"{file} does not exist; a model is the directory of a whole checkpoint.") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); download it again.") from error
     if not isinstance(found, dict):
