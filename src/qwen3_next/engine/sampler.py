@@ -126,7 +126,8 @@ def _drawn(logits: Float[Tensor, "R V"], draws: Sequence[Draw]) -> Int[Tensor, "
     sums = probabilities.cumsum(dim=1)
     chances = _column([uniform(one.seed, len(one.request.tokens)) for one in draws], device)
     places = torch.searchsorted(sums, chances * sums[:, -1:], right=True)
-    last = (probabilities > 0).sum(dim=1, keepdim=True) - 1  # rounding never leads beyond what was kept
+    # Rounding never leads beyond what was kept. Of NaN nothing is: those rows are told apart later.
+    last = ((probabilities > 0).sum(dim=1, keepdim=True) - 1).clamp(min=0)
     return tokens.gather(1, places.minimum(last))[:, 0]
 
 
