@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {"errors", "config", "ops", "model"},
     "engine": {"errors", "config", "ops", "model"},
     "cli": {"errors", "config", "ops", "model", "auto", "train", "engine"},
-    "__init__": {"errors", "config", "ops", "model", "auto"},
+    "__init__": {"errors", "config", "ops", "model", "auto", "engine"},
 }
 ENTRY_POINTS = {"cli.py", "__main__.py"}
 

@@ -15,7 +15,7 @@ from qwen3_next import Qwen3NextForCausalLM
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ASSETS = Path(qwen3_next.__file__).parent / "assets"
-NAMES = ["classify", "draft_with_mtp", "fine_tune_lora", "generate_text", "train_tiny"]
+NAMES = ["classify", "draft_with_mtp", "fine_tune_lora", "generate_text", "many_prompts", "train_tiny"]
 
 # One process for all: importing torch and transformers takes longer than any of them.
 RUNNER = """
@@ -108,3 +108,8 @@ def test_the_classifier_learns(outputs: dict[str, str]) -> None:
     first, *_, last = losses(outputs["classify"])
     assert last < first
     assert len(re.findall(r"^(prose|code) ", outputs["classify"], re.MULTILINE)) == 2
+
+
+def test_later_prompts_go_on_from_what_an_earlier_one_left(outputs: dict[str, str]) -> None:
+    found = re.findall(r"(\d+) of (\d+) tokens cached", outputs["many_prompts"])
+    assert [int(cached) for cached, _ in found] == [64, 64]

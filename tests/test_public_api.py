@@ -41,7 +41,7 @@ assert type(AutoConfig.for_model("qwen3_next")).__module__.startswith("transform
 def test_every_package_says_what_it_offers(name: str) -> None:
     package = importlib.import_module(name)
     offered = list(package.__all__)
-    assert offered == sorted(set(offered)), "sorted, each name once"
+    assert len(offered) == len(set(offered)), "each name once; the order is ruff's to hold"
     for public in offered:
         assert hasattr(package, public), public
         assert public == "__version__" or not public.startswith("_"), public

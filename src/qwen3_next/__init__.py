@@ -22,6 +22,7 @@ from qwen3_next.errors import (
 if TYPE_CHECKING:
     from qwen3_next.auto import register
     from qwen3_next.config import Qwen3NextConfig
+    from qwen3_next.engine import LLM, Engine, EngineConfig, SamplingParams
     from qwen3_next.model import (
         Qwen3NextForCausalLM,
         Qwen3NextForQuestionAnswering,
@@ -34,9 +35,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "LLM",
     "BackendError",
     "CheckpointError",
     "ConfigError",
+    "Engine",
+    "EngineConfig",
     "InputError",
     "Qwen3NextConfig",
     "Qwen3NextError",
@@ -46,6 +50,7 @@ __all__ = [
     "Qwen3NextForTokenClassification",
     "Qwen3NextModel",
     "Qwen3NextPreTrainedModel",
+    "SamplingParams",
     "TrainingError",
     "__version__",
     "register",
@@ -55,7 +60,8 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = {"register": "auto", "Qwen3NextConfig": "config"}.get(name, "model")
+    engine = dict.fromkeys(("LLM", "Engine", "EngineConfig", "SamplingParams"), "engine")
+    module = {"register": "auto", "Qwen3NextConfig": "config", **engine}.get(name, "model")
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
 
