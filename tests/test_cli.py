@@ -732,6 +732,23 @@ def test_the_shipped_model_answers_a_conversation(run: Any, type_in: Any) -> Non
     assert err.count("tokens/s") == 2
 
 
+def test_batch_answers_a_file_and_goes_on_with_it(checkpoint: Path, tmp_path: Path, run: Any) -> None:
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{PROMPT} {n}"}) + "\n" for n in range(5)), encoding="utf-8")
+    command = ("batch", prompts, answers, "--model", checkpoint, "--greedy", "--max-tokens", 4, "--sequences", 2)
+    code, out, _ = run(*command)
+    assert (code, out.startswith("5 prompts answered")) == (0, True)
+    written = answers.read_text(encoding="utf-8").splitlines()
+    found = {json.loads(line)["id"]: json.loads(line)["text"] for line in written}
+    assert sorted(found) == ["1", "2", "3", "4", "5"]
+    single = run("generate", f"{PROMPT} 2", "--model", checkpoint, "--greedy", "--max-tokens", 4)[1]
+    assert found["3"] == single.removesuffix("\n")
+    answers.write_text("\n".join(written[:3]) + "\n", encoding="utf-8")
+    assert run(*command)[1].startswith("2 prompts answered")
+    prompts.write_text("no JSON\n", encoding="utf-8")
+    assert run(*command)[0] == 2
+
+
 def test_info_shows_the_shipped_model(run: Any) -> None:
     code, out, _ = run("info")
     assert code == 0

@@ -1,4 +1,4 @@
-"""The command line: `qwen3-next generate | chat | train | info | doctor`.
+"""The command line: `qwen3-next generate | chat | batch | train | info | doctor`.
 
 torch is imported inside the commands, so that `--help` answers at once. Whatever goes wrong on purpose
 (`Qwen3NextError`, a wrong option) is one line on stderr and exit code 2; Ctrl-C is exit code 130, and 1 is for an
@@ -28,7 +28,7 @@ RED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
-    help="Qwen3-Next: write text, talk, train, and see what a model needs and what this machine does.",
+    help="Qwen3-Next: write text, talk, answer files of prompts, train; what a model needs, what this machine does.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -135,6 +135,42 @@ def chat(
             continue
         with _reported(conversation.speed):
             _stream(pieces)
+
+
+@app.command()
+def batch(
+    prompts: Annotated[Path, typer.Argument(help='JSON lines: {"prompt": text} or {"messages": [...]}.')],
+    answers: Annotated[Path, typer.Argument(help="Where the answers go, a line each; what is there stays.")],
+    model: ModelName = None,
+    max_tokens: MaxTokens = 256,
+    greedy: Greedy = False,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Prompts that are answered at the same time.")] = 64,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Answer a file of prompts, many at a time; the same command goes on after an interruption."""
+    from qwen3_next.engine import LLM, EngineConfig
+    from qwen3_next.engine.offline import answer_file
+
+    given = {
+        "temperature": 0 if greedy else temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "max_tokens": max_tokens,
+    }
+    llm = LLM(model, dtype=dtype, device=device, config=EngineConfig(max_sequences=sequences))
+    defaults = {name: value for name, value in given.items() if value is not None}
+    count = answer_file(llm, prompts, answers, defaults, progress=sys.stderr.isatty())
+    Console(soft_wrap=True, highlight=False).print(f"{count:,} prompts answered into {answers}")
 
 
 @app.command()

@@ -1,9 +1,9 @@
 """Prompts in, texts out, all at once: the engine for programs that have their prompts together."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rich.progress import Progress
 
@@ -17,6 +17,7 @@ from qwen3_next.model.quantize import quantize_
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, str]
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,20 +176,54 @@ class LLM:
         name = f"request-{next(self._numbers)}"
         return Request(request_id=name, prompt=tuple(int(token) for token in ids), params=params).samples()
 
+    def answers(
+        self, prompts: Iterable[tuple[Key, Prompt, SamplingParams]], ahead: int
+    ) -> Iterator[tuple[Key, Completion | Qwen3NextError]]:
+        """Completions in the order in which they are ready, each with the key that came with its prompt.
+
+        Prompts are taken only as the engine has room: at most `ahead` are in it. A prompt that cannot be served gives
+        the error instead.
+        """
+        waiting, growing = iter(prompts), dict[str, tuple[Key, _Growing]]()
+        try:
+            while True:
+                taken = list(itertools.islice(waiting, ahead - len(growing)))
+                for key, prompt, params in taken:
+                    (request,) = self._requests(prompt, params)
+                    try:
+                        self.engine.add(request)
+                    except InputError as error:
+                        yield key, error
+                        continue
+                    growing[request.request_id] = key, _Growing(params.logprobs is not None)
+                if not growing and not taken:
+                    return
+                for output in self.engine.step():
+                    key, one = growing[output.state.request_id]
+                    completion = one.take(output)
+                    if completion is not None:
+                        del growing[output.state.request_id]
+                        yield key, completion
+        finally:
+            self._abandon(growing)
+
     def _run(self, requests: Sequence[Request], progress: bool) -> dict[str, Completion]:
-        added: list[str] = []
+        growing: dict[str, _Growing] = {}
         try:
             for request in requests:
                 self.engine.add(request)
-                added.append(request.request_id)
-            growing = {r.request_id: _Growing(r.params.logprobs is not None) for r in requests}
+                growing[request.request_id] = _Growing(request.params.logprobs is not None)
             return self._finish(growing, progress and len(requests) > 1)
         except BaseException:
-            for name in added:  # nothing of a call that failed stays behind
-                self.engine.abort(name)
-            while self.engine.has_work:
-                self.engine.step()
+            self._abandon(growing)
             raise
+
+    def _abandon(self, requests: Iterable[str]) -> None:
+        """Nothing of a call that was left stays in the engine."""
+        for name in requests:
+            self.engine.abort(name)
+        while self.engine.has_work:
+            self.engine.step()
 
     def _finish(self, growing: dict[str, _Growing], progress: bool) -> dict[str, Completion]:
         finished: dict[str, Completion] = {}
