@@ -9,9 +9,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported: they then run on the CPU
-torch.set_num_threads(1)  # models as small as those of the tests are slower with more, and far slower beside others
 
 from qwen3_next import Qwen3NextConfig, Qwen3NextForCausalLM
+
+torch.set_num_threads(1)  # models as small as those of the tests are slower with more, and far slower beside others
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
