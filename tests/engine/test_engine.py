@@ -1,6 +1,7 @@
 """What the engine promises: a request gets what it would get alone, whatever else is served beside it."""
 
 import itertools
+import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -276,3 +277,43 @@ def test_a_conversation_in_the_shipped_models_template() -> None:
     assert first.text
     messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "And?"}]
     assert llm.chat(messages, params).finish in (FinishReason.LENGTH, FinishReason.STOP)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_all_of_it_together_equals_all_off_under_random_schedules(checkpoint: Path, seed: int) -> None:
+    """Chats that go on, branch and are edited, priorities, aborts, evictions, in a memory that is too small."""
+    chance = random.Random(seed)
+    small = {"max_context": 256, "memory_bytes": chance.choice([200_000, 260_000, 400_000])}
+    engine = engine_of(checkpoint, token_budget=chance.choice([7, 40, 90]), snapshot_stride=64, **small).engine
+    cold = engine_of(checkpoint, max_sequences=1, token_budget=400, prefix_cache=False)
+    running: dict[str, Request] = {}
+    finished: list[Request] = []
+    histories = [[chance.randrange(KNOWN) for _ in range(chance.randrange(1, 90))] for _ in range(3)]
+    for number in itertools.count():
+        if number >= 300 and not engine.has_work:
+            break
+        if number < 300 and chance.random() < 0.2:
+            history = list(chance.choice(histories))
+            if chance.random() < 0.3:  # edited
+                history = [*history[: chance.randrange(len(history))], chance.randrange(KNOWN)]
+            prompt = tuple([*history, *(chance.randrange(KNOWN) for _ in range(chance.randrange(1, 30)))][-180:])
+            params = SamplingParams(
+                temperature=chance.choice([0, 1.2]), seed=chance.randrange(9), max_tokens=chance.randrange(1, 12)
+            )
+            made = Request(request_id=f"{number}", prompt=prompt, params=params, priority=chance.randrange(-1, 2))
+            engine.add(made)
+            running[made.request_id] = made
+        if running and chance.random() < 0.03:
+            engine.abort(chance.choice(list(running)))
+        if chance.random() < 0.02:
+            engine.scheduler.memory.evict_all()
+        for output in engine.step():
+            if output.state.finish is not None:
+                one = running.pop(output.state.request_id)
+                if output.state.finish is not FinishReason.ABORT:
+                    finished.append(one)
+                    histories.append(list(one.tokens))
+    assert len(finished) > 20
+    assert engine.scheduler.figures.cached_tokens > 0
+    for one in chance.sample(finished, 12):
+        assert tuple(one.output) == cold.generate(one.prompt, one.params)[0][0].token_ids
