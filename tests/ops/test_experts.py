@@ -9,6 +9,7 @@ from tests.ops.checks import assert_pure, assert_same_gradients, relative_error
 from torch import Tensor
 
 from qwen3_next.errors import InputError
+from qwen3_next.ops.backend import use
 from qwen3_next.ops.experts import ExpertScales, SharedExpert, swiglu_experts
 from qwen3_next.ops.linear import linear
 from qwen3_next.ops.quant import quantize_block_fp8
@@ -96,6 +97,14 @@ def fp8_weights() -> tuple[Tensor, Tensor, ExpertScales]:
     first, second = quantize_block_fp8(gate_up.view(2 * EXPERTS, WIDTH, HIDDEN)), quantize_block_fp8(down)
     scales = ExpertScales(first.scale_inv.view(EXPERTS, 2, 1), second.scale_inv)
     return first.values.view(gate_up.shape), second.values, scales
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_no_gradient_passes_fp8_experts(backend: str) -> None:
+    x, _, _, weights, experts = random_inputs(3)
+    gate_up, down, scales = fp8_weights()
+    with use(backend), pytest.raises(InputError, match="for inference"):
+        swiglu_experts(x.requires_grad_(), gate_up, down, weights, experts, scales)
 
 
 def test_fp8_experts_come_with_scales_that_fit_and_others_without() -> None:

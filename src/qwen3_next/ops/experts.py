@@ -71,9 +71,9 @@ def swiglu_experts(
         shared: added with its share where it is given; it has the same hidden width F or another.
 
     Raises:
-        InputError: e4m3 weights without scales, or scales that do not fit.
+        InputError: e4m3 weights without scales, scales that do not fit, or a gradient through e4m3 weights.
     """
-    check_experts(gate_up_proj, down_proj, scales)
+    check_experts(x, gate_up_proj, down_proj, scales)
     update = _chosen(x, gate_up_proj, down_proj, weights, experts, scales)
     return update if shared is None else update + shared_update(x, shared)
 
@@ -90,8 +90,8 @@ def shared_output(x: Float[Tensor, "T D"], shared: SharedExpert) -> Float[Tensor
     return linear(hidden, shared.down_proj, down)
 
 
-def check_experts(gate_up_proj: Tensor, down_proj: Tensor, scales: ExpertScales | None) -> None:
-    """That e4m3 weights come with scales of the right shape, and others without.
+def check_experts(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, scales: ExpertScales | None) -> None:
+    """That e4m3 weights come with scales of the right shape, and others without; that no gradient has to pass those.
 
     Raises:
         InputError: otherwise.
@@ -111,6 +111,11 @@ def check_experts(gate_up_proj: Tensor, down_proj: Tensor, scales: ExpertScales 
         raise InputError(
             f"the scales have the shapes {list(scales.gate_up.shape)} and {list(scales.down.shape)}; these experts "
             f"need {list(gate_up)} and {list(down)}."
+        )
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise InputError(
+            "fp8 experts are for inference: x asks for a gradient; call under torch.no_grad(), or train with ordinary "
+            "weights."
         )
 
 

@@ -88,11 +88,15 @@ def swiglu_experts(
     shared: SharedExpert | None = None,
 ) -> Float[Tensor, "T D"]:
     """The twin of `ops.experts.swiglu_experts`."""
-    check_experts(gate_up_proj, down_proj, scales)
+    check_experts(x, gate_up_proj, down_proj, scales)
     if len(x) == 0:
         return x * 0
     x, weights, experts = x if x.stride(1) == 1 else x.contiguous(), weights.contiguous(), experts.contiguous()
-    if torch.is_grad_enabled() and any(y.requires_grad for y in (x, gate_up_proj, down_proj, weights)):
+    if (
+        scales is None
+        and torch.is_grad_enabled()
+        and any(y.requires_grad for y in (x, gate_up_proj, down_proj, weights))
+    ):
         update = _Experts.apply(x, gate_up_proj, down_proj, weights, experts)
         return update if shared is None else update + shared_update(x, shared)
     fused = shared is not None and _is_alike(shared, gate_up_proj, down_proj, scales)
