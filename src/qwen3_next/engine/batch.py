@@ -31,7 +31,12 @@ class Batch:
 
     @classmethod
     def build(cls, plan: Plan, memory: PackedMemory) -> "Batch":
-        """Put the sequences of a plan one after the other; the copies that come first are not part of it."""
+        """Put the sequences of a plan one after the other; the copies that come first are not part of it.
+
+        Where the memory has no room for pending tokens there are no drafts to reject: every token joins its state at
+        once, and what the plan calls pending has joined already.
+        """
+        has_pending = memory.pending_qkv.shape[2] > 0
         device, sequences = memory.keys.device, plan.sequences
         lengths = [sequence.length for sequence in sequences]
         segments = Segments.from_lengths(lengths, device)
@@ -46,7 +51,7 @@ class Batch:
             table=_integers(pages, device),
             lengths=_integers(ends, device),
             slots=_integers([sequence.slot for sequence in sequences], device),
-            accepted=_integers([sequence.accepted for sequence in sequences], device),
+            accepted=_integers([sequence.accepted for sequence in sequences], device) if has_pending else None,
             known_lengths=tuple(ends),
             snapshots=_snapshots(sequences, device),
             steps=sum(sequence.awaits_verdict for sequence in sequences),

@@ -110,7 +110,7 @@ class Division:
 
 def sizes(config: Qwen3NextConfig, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of a page and of a slot in all layers."""
-    one = PackedMemory.allocate(config, pages=1, slots=1, pending=1, dtype=dtype, device="meta")
+    one = PackedMemory.allocate(config, pages=1, slots=1, dtype=dtype, device="meta")
     states = (one.recurrent, one.conv, one.pending_qkv, one.pending_ba)
     return one.keys.nbytes + one.values.nbytes, sum(state.nbytes for state in states)
 

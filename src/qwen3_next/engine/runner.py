@@ -21,7 +21,6 @@ class Runner:
             model.config,
             pages=division.pages,
             slots=division.slots,
-            pending=1,
             dtype=weight.dtype,
             device=weight.device,
         )
