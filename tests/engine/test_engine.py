@@ -251,6 +251,11 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(checkpoint: Pat
         llm.generate([[1], [5000]], greedy())
     with pytest.raises(InputError, match="structured is not served"):
         llm.generate([1], greedy(structured=Structured(kind="regex", grammar="a+")))
+    with pytest.raises(InputError, match="not valid Unicode"):
+        llm.generate(["good", "bad \ud800"], greedy())
+    with pytest.raises(InputError, match="prompt"):
+        llm.generate(["good", ""], greedy())
+    assert llm.generate([], greedy()) == []
     with pytest.raises(InputError, match="2 prompts came with 1"):
         llm.generate([[1], [2]], [greedy()])
     with pytest.raises(CapacityError, match="Raise memory_bytes"):

@@ -171,10 +171,16 @@ class LLM:
         return SamplingParams(**(values | changes))
 
     def _requests(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
-        tokenizer = self.engine.loaded.tokenizer
-        ids = tokenizer.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else prompt
+        ids = self._encoded(prompt) if isinstance(prompt, str) else prompt
         name = f"request-{next(self._numbers)}"
         return Request(request_id=name, prompt=tuple(int(token) for token in ids), params=params).samples()
+
+    def _encoded(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"a prompt is not valid Unicode ({error.reason}); give it in UTF-8.") from error
+        return self.engine.loaded.tokenizer.encode(text, add_special_tokens=False).ids
 
     def answers(
         self, prompts: Iterable[tuple[Key, Prompt, SamplingParams]], ahead: int
