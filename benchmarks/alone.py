@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from benchmarks.model import SHAPES_80B
 from benchmarks.operations.clock import card_rates
 from benchmarks.operations.measure import Rates
 from rich.console import Console
@@ -37,20 +38,8 @@ from qwen3_next.model.network import Wanted
 from qwen3_next.ops import Segments, linear_argmax, use
 from qwen3_next.ops.pages import PAGE
 
-PUBLISHED: dict[str, Any] = {
+PUBLISHED: dict[str, Any] = SHAPES_80B | {
     "vocab_size": 151936,
-    "hidden_size": 2048,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "head_dim": 256,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "num_experts": 512,
-    "num_experts_per_tok": 10,
-    "moe_intermediate_size": 512,
-    "shared_expert_intermediate_size": 512,
     "max_position_embeddings": 262144,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000_000.0, "partial_rotary_factor": 0.25},
 }
