@@ -14,7 +14,7 @@ from qwen3_next.ops.experts import ExpertScales, SharedExpert, swiglu_experts
 from qwen3_next.ops.linear import linear
 from qwen3_next.ops.quant import quantize_block_fp8
 
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.5e-2}
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 EXPERTS, HIDDEN, WIDTH = 6, 16, 24
 
 Choice = Callable[[int], Tensor]
@@ -58,11 +58,12 @@ def random_inputs(
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_experts_equal_a_loop_over_tokens(dtype: torch.dtype, choice: str, tokens: int, grad: bool) -> None:
-    inputs = random_inputs(tokens, CHOICES[choice], dtype)
+    # The few numbers of one token are too noisy a sample of what bf16 rounds away: several calls are.
+    calls = [random_inputs(tokens, CHOICES[choice], dtype) for _ in range(max(1, 16 // tokens))]
     with torch.set_grad_enabled(grad):
-        result = swiglu_experts(*inputs)
-    assert (result.dtype, result.shape) == (dtype, inputs[0].shape)
-    assert relative_error(result, token_loop(*inputs)) <= TOLERANCE[dtype]
+        results = [swiglu_experts(*inputs) for inputs in calls]
+    assert all((r.dtype, r.shape) == (dtype, i[0].shape) for r, i in zip(results, calls, strict=True))
+    assert relative_error(torch.cat(results), torch.cat([token_loop(*i) for i in calls])) <= TOLERANCE[dtype]
 
 
 def test_the_shared_expert_is_one_more_that_every_token_uses_with_its_own_share() -> None:
