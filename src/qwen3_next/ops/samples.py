@@ -313,7 +313,7 @@ def _experts(s: Sizes) -> Iterator[Sample]:
                 operation="swiglu_experts",
                 make=lambda dtype, made=made, tokens=tokens: made(dtype, tokens),
                 run=swiglu_experts,
-                slack=1.0 if made is make else 5.0,
+                slack=1.0 if made is make else 4.0,
             )
 
 
