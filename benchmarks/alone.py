@@ -12,6 +12,7 @@ definition.
 """
 
 import argparse
+import copy
 import dataclasses
 import gc
 import json
@@ -51,8 +52,11 @@ REPEATS = 20
 CHECKED = ((70, 200, 9), (1, 1, 1), (2, 1, 3))
 """New tokens of three sequences in the calls that are compared with the definition."""
 
-TOLERANCE = 0.03
-"""Root mean square, relative: what bf16 leaves of a layer."""
+TOLERANCE = 1.5
+"""How far from the definitions in fp32 a layer may be, in units of how far the definitions themselves are in bf16.
+
+With fp8 that is several times as far as with bf16 weights: an activation between two codes goes to either.
+"""
 
 RED, UNUSABLE = 1, 2
 
@@ -87,9 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with torch.inference_mode():
         for weights in options.weights:
             model = random_model(PUBLISHED, "cuda", fp8=weights == "fp8")
-            error = difference(model)
-            out.print(f"{weights}: {error:.4f} from the definition, {TOLERANCE} allowed")
-            if not error <= TOLERANCE:
+            found = differences(model)
+            worst = max(found, key=lambda one: one.ratio)
+            out.print(
+                f"{weights}: {worst.ours:.4f} from the definitions in fp32 where those in bf16 are {worst.theirs:.4f}; "
+                f"{worst.ratio:.2f} times as far, {TOLERANCE} allowed"
+            )
+            if not all(one.ratio <= TOLERANCE for one in found):
                 return RED
             repeat_layers_(model, LAYERS)
             rows += measured(model, weights, rates, options, out)
@@ -136,12 +144,14 @@ def repeat_layers_(model: Qwen3NextForCausalLM, count: int) -> None:
 class Batch:
     """Sequences in pages and slots of their own, and the next call of the network with them."""
 
-    def __init__(self, model: Qwen3NextForCausalLM, count: int, longest: int) -> None:
-        """Room for `count` sequences of up to `longest` tokens."""
+    def __init__(
+        self, model: Qwen3NextForCausalLM, count: int, longest: int, dtype: torch.dtype | None = None
+    ) -> None:
+        """Room for `count` sequences of up to `longest` tokens, in the model's dtype or another."""
         each, device = -(-longest // PAGE), model.device
         self.model, self.lengths = model, [0] * count
         self.memory = PackedMemory.allocate(
-            model.config, pages=count * each, slots=count, dtype=model.dtype, device=device
+            model.config, pages=count * each, slots=count, dtype=dtype or model.dtype, device=device
         )
         self.table = torch.arange(count * each, dtype=torch.int32, device=device).view(count, each)
         self.slots = torch.arange(count, dtype=torch.int32, device=device)
@@ -164,24 +174,58 @@ class Batch:
         return PackedInputs(tokens, positions, segments), cache
 
 
-def difference(model: Qwen3NextForCausalLM) -> float:
-    """Of what a layer adds to its input from what the definitions make of that input; the worst layer and call.
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far one layer's addition to its input is, root mean square, from what the definitions add in fp32.
+
+    Attributes:
+        ours: of the layer as it runs.
+        theirs: of the definitions in the model's own dtype.
+    """
+
+    ours: float
+    theirs: float
+
+    @property
+    def ratio(self) -> float:
+        """NaN, which no tolerance holds, becomes infinity."""
+        ratio = self.ours / self.theirs
+        return ratio if ratio == ratio else float("inf")
+
+
+def differences(model: Qwen3NextForCausalLM) -> list[Difference]:
+    """Of every layer in every call, from the same input.
 
     The definitions use the same experts: random routers give many of them the same score, and then either is right.
     """
-    ours, theirs = (Batch(model, len(CHECKED[0]), sum(map(max, CHECKED))) for _ in range(2))
-    worst = 0.0
+    room = len(CHECKED[0]), sum(map(max, CHECKED))
+    ours, theirs, exact = (Batch(model, *room, dtype) for dtype in (model.dtype, model.dtype, torch.float32))
+    layers = list(model.model.layers)
+    wide_layers = [widened(layer) for layer in layers]
+    found: list[Difference] = []
     for news in CHECKED:
-        (inputs, cache), (_, other) = ours.prepare(news), theirs.prepare(news)
+        (inputs, cache), (_, other), (_, wide_cache) = (batch.prepare(news) for batch in (ours, theirs, exact))
         x = model.model.embed_tokens(inputs.token_ids)
-        rotary = model.model.rotary_emb(x, inputs.positions)
-        for layer in model.model.layers:
+        rotary, wide_rotary = (model.model.rotary_emb(y, inputs.positions) for y in (x, x.float()))
+        for layer, wide in zip(layers, wide_layers, strict=True):
             result = layer(x, inputs, rotary, cache)
             with use("reference"):
-                expected = layer(x, inputs, rotary, other, experts=result.experts).hidden
-            error = (result.hidden.float() - expected.float()).norm() / (expected.float() - x.float()).norm()
-            worst, x = max(worst, float(error)) if error == error else float("nan"), result.hidden
-    return worst
+                same = layer(x, inputs, rotary, other, experts=result.experts).hidden.float()
+                truth = wide(x.float(), inputs, wide_rotary, wide_cache, experts=result.experts).hidden
+            added = (truth - x.float()).norm()
+            errors = [float((hidden.float() - truth).norm() / added) for hidden in (result.hidden, same)]
+            found.append(Difference(*errors))
+            x = result.hidden
+    return found
+
+
+def widened(layer: nn.Module) -> nn.Module:
+    """A copy whose parameters are fp32, but for those in fp8."""
+    copied = copy.deepcopy(layer)
+    for parameter in copied.parameters():
+        if parameter.element_size() > 1:
+            parameter.data = parameter.data.float()
+    return copied
 
 
 def measured(

@@ -27,23 +27,34 @@ def published() -> alone.Qwen3NextForCausalLM:
 def test_the_network_is_compared_with_its_definition_in_prompts_and_steps(fp8: bool) -> None:
     model = alone.random_model(SETTINGS, "cpu", fp8)
     assert model.dtype == torch.bfloat16
-    assert alone.difference(model) == 0  # on a CPU both are the definition
+    found = alone.differences(model)
+    assert len(found) == len(alone.CHECKED) * alone.PATTERN
+    assert all(one.ours == one.theirs for one in found)  # on a CPU both are the definition
+    assert all(0 < one.theirs < 0.2 for one in found)
 
 
 @torch.inference_mode()
 def test_a_layer_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weight is wrong but while the definitions run."""
     model = alone.random_model(SETTINGS, "cpu", fp8=False)
+    weight = model.get_parameter("model.layers.2.input_layernorm.weight")
+    right, wrong = weight.clone(), weight + 0.2
+    weight.copy_(wrong)
 
     @contextmanager
-    def other_weights(_: str) -> Iterator[None]:
-        weight = model.get_parameter("model.layers.2.input_layernorm.weight")
-        kept = weight.clone()
-        weight += 0.2
+    def right_weight() -> Iterator[None]:
+        weight.copy_(right)
         yield
-        weight.copy_(kept)
+        weight.copy_(wrong)
 
-    monkeypatch.setattr(alone, "use", other_weights)
-    assert alone.difference(model) > alone.TOLERANCE
+    def widened(layer: alone.nn.Module) -> alone.nn.Module:
+        with right_weight():
+            return copied(layer)
+
+    copied = alone.widened
+    monkeypatch.setattr(alone, "widened", widened)
+    monkeypatch.setattr(alone, "use", lambda _: right_weight())
+    assert max(one.ratio for one in alone.differences(model)) > alone.TOLERANCE
 
 
 @torch.inference_mode()
@@ -52,7 +63,7 @@ def test_kernels_agree_with_definitions_in_every_layer_of_prompts_and_steps(monk
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = alone.random_model(SETTINGS, device, fp8=False, dtype=torch.float32)
     with use("triton"):
-        assert alone.difference(model) < 1e-5
+        assert max(one.ours for one in alone.differences(model)) < 1e-5
 
 
 @torch.inference_mode()
@@ -89,6 +100,6 @@ def test_a_network_that_differs_is_not_timed(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     monkeypatch.setattr(alone, "card_rates", lambda: alone.Rates(copy=1.0, read=1.0, bf16=1.0, fp8=1.0))
     monkeypatch.setattr(alone, "random_model", lambda *_, **__: None)
-    monkeypatch.setattr(alone, "difference", lambda _: float("nan"))
+    monkeypatch.setattr(alone, "differences", lambda _: [alone.Difference(float("nan"), 1.0)])
     assert alone.main(["--weights", "fp8"]) == alone.RED
     assert "tok/s" not in capsys.readouterr().out

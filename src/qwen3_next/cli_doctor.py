@@ -5,7 +5,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def examine(as_json: bool) -> list[str]:
 
 def _machine() -> Iterator[tuple[str, str]]:
     for package in ("qwen3-next", "torch", "transformers"):
-        yield package, version(package)
+        yield package, _version(package)
     yield "kernels", kernel_language()
     yield "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "CUDA of torch", torch.version.cuda or "none"
@@ -64,6 +64,13 @@ def _machine() -> Iterator[tuple[str, str]]:
     if not torch.cuda.device_count():
         yield "GPU", "none that torch can use"
     yield "free disk for downloads", f"{in_bytes(_free_disk(Path(HF_HOME)))} in {HF_HOME}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed; run from its source"
 
 
 def _driver() -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 TOLERANCES: dict[tuple[str, str], tuple[float, float]] = {
     # (operation, dtype of the inputs): largest relative error of the outputs, of the gradients, against fp32 or fp64
@@ -68,6 +69,7 @@ def poisoned() -> Generator[None, None, None]:
     Unwritten outputs of kernels thereby show, which the fill of torch's deterministic mode does on its own only where
     all other operations are deterministic too. Held at the functions that make uninitialised tensors.
     """
+    _device_constructors()  # torch remembers once which functions a `with device` is for: the ones before the patch
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in _UNINITIALISED:
             patch.setattr(owner, name, _poisoning(getattr(owner, name)))

@@ -60,18 +60,24 @@ def test_gradients_are_those_of_the_definition(
     torch.manual_seed(fresh_seed)
     for name in ("GRADIENT_BYTES", "PARTIAL_BYTES"):
         monkeypatch.setattr(cross_entropy_triton, name, limit)
-    hidden, weight, targets = head(*sizes, dtype)
-    leaves = hidden.requires_grad_(), weight.requires_grad_()
-    wide = [x.detach().float().requires_grad_() for x in leaves]
-    result, expected = losses("triton", *leaves, targets), losses("reference", *wide, targets)
-    direction = torch.rand(len(targets))
-    grads = torch.autograd.grad(result, leaves, direction, retain_graph=True)
-    for a, b in zip(grads, torch.autograd.grad(expected, wide, direction), strict=True):
-        assert a.dtype == dtype
-        assert relative_error(a, b) <= tolerance("linear_cross_entropy", dtype)[1]
-    assert not grads[0][targets == IGNORED].any()
-    again = torch.autograd.grad(result, leaves, direction)
-    assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+    found: list[list[Tensor]] = [[], []]
+    exact: list[list[Tensor]] = [[], []]
+    for _ in range(max(1, 16 // sizes[0])):  # one token's few numbers are too noisy a sample of what bf16 rounds away
+        hidden, weight, targets = head(*sizes, dtype)
+        leaves = hidden.requires_grad_(), weight.requires_grad_()
+        wide = [x.detach().float().requires_grad_() for x in leaves]
+        result, expected = losses("triton", *leaves, targets), losses("reference", *wide, targets)
+        direction = torch.rand(len(targets))
+        grads = torch.autograd.grad(result, leaves, direction, retain_graph=True)
+        for which, grad in enumerate(torch.autograd.grad(expected, wide, direction)):
+            assert grads[which].dtype == dtype
+            found[which].append(grads[which])
+            exact[which].append(grad)
+        assert not grads[0][targets == IGNORED].any()
+        again = torch.autograd.grad(result, leaves, direction)
+        assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+    for a, b in zip(found, exact, strict=True):
+        assert relative_error(torch.cat(a), torch.cat(b)) <= tolerance("linear_cross_entropy", dtype)[1]
 
 
 @pytest.mark.parametrize("which", [0, 1])

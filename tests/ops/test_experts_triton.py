@@ -107,11 +107,12 @@ def test_equals_the_definition(shape: Shape, dtype: torch.dtype, shared: bool, f
     assert relative_error(result, expected) <= tolerance("swiglu_experts", dtype)[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "shared"), [(shape, i % 2 == 1) for i, shape in enumerate(FP8_SHAPES)])
-def test_fp8_equals_the_definition(shape: Shape, shared: bool, fresh_seed: int) -> None:
+def test_fp8_equals_the_definition(shape: Shape, dtype: torch.dtype, shared: bool, fresh_seed: int) -> None:
     torch.manual_seed(fresh_seed)
     with use("reference"):
-        inputs = in_fp8(random_inputs(shape, torch.bfloat16, shared))
+        inputs = in_fp8(random_inputs(shape, dtype, shared))
     with torch.no_grad(), poisoned():
         result, again = run("triton", inputs), run("triton", inputs)
     with torch.no_grad():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qwen3_next.ops import gated_delta
+from qwen3_next.ops.backend import use
 from qwen3_next.ops.gated_delta import GatedDeltaOutput, gated_delta_rule, gated_delta_rule_recurrent
 from qwen3_next.ops.segments import Segments
 
@@ -214,7 +215,8 @@ def test_inputs_stay_and_a_second_run_is_identical(rule, lengths: list[int]) -> 
 @pytest.mark.parametrize("rule", [gated_delta_rule, gated_delta_rule_recurrent])
 def test_bf16_is_computed_in_fp32_and_rounded_once(rule, lengths: list[int]) -> None:
     case = random_case(lengths, dtype=torch.bfloat16)
-    result, exact = case.run(rule), case.to(torch.float32).run(rule)
+    with use("reference"):  # of the definitions; twins round between their products
+        result, exact = case.run(rule), case.to(torch.float32).run(rule)
     assert result.final_state.dtype == torch.float32
     assert torch.equal(result.final_state, exact.final_state)
     assert torch.equal(result.output, exact.output.bfloat16())

@@ -44,7 +44,9 @@ def test_the_loss_is_its_sum_over_experts() -> None:
     for e in range(EXPERTS):
         frequency = (routing.experts == e).any(1).double().mean().item()
         total += EXPERTS * frequency * routing.probabilities[:, e].double().mean().item()
-    assert load_balancing_loss_of([routing]) == pytest.approx(total, rel=1e-6)
+    loss = load_balancing_loss_of([routing])
+    assert loss is not None
+    assert loss.item() == pytest.approx(total, rel=1e-6)
 
 
 def test_parts_of_a_batch_add_up_to_the_batch() -> None:

@@ -219,7 +219,7 @@ def _wide_gate_up(
     x: Tensor, gate_up_proj: Tensor, order: ExpertOrder, linear: Tensor | None, scales: Tensor | None
 ) -> ActivationFp8 | tuple[Tensor, None]:
     """The hidden channels of every sorted row, in fp8 where the weights are; gate and up to `linear`, if given."""
-    settings = SINGLE_PRECISION if x.element_size() > 2 else WIDE_GATE_UP if scales is None else WIDE_GATE_UP_FP8
+    settings = _wide_settings(x, scales, WIDE_GATE_UP, WIDE_GATE_UP_FP8)
     (_, rows, width), tiles = gate_up_proj.shape, order.tiles.shape[1]
     values, x_scales = (x, None) if scales is None else quantize_activations(x)
     inner = torch.empty(order.rows, rows // 2, dtype=values.dtype, device=x.device), None
@@ -236,7 +236,7 @@ def _wide_gate_up(
 def _wide_rows(
     x: ActivationFp8 | tuple[Tensor, None], weight: Tensor, order: ExpertOrder, result: Tensor, scales: Tensor | None
 ) -> None:
-    settings = SINGLE_PRECISION if result.element_size() > 2 else WIDE_ROWS if scales is None else WIDE_ROWS_FP8
+    settings = _wide_settings(result, scales, WIDE_ROWS, WIDE_ROWS_FP8)
     (_, outputs, width), tiles = weight.shape, order.tiles.shape[1]
     rows = TensorDescriptor.from_tensor(x[0], [order.size, settings.K])
     weights = TensorDescriptor.from_tensor(weight.view(-1, width), [settings.ROWS, settings.K])
@@ -244,6 +244,12 @@ def _wide_rows(
         *(rows, x[1], weights, scales, order.tiles, result, tiles),
         OUTPUTS=outputs, WIDTH=width, SCALE=FP8_BLOCK, TOKENS=order.size, **settings._asdict(),
     )  # fmt: skip
+
+
+def _wide_settings(x: Tensor, scales: Tensor | None, ordinary: Tile, fp8: Tile) -> Tile:
+    if scales is not None:  # the products are of fp8 whatever `x` is
+        return fp8
+    return SINGLE_PRECISION if x.element_size() > 2 else ordinary
 
 
 def _combined(

@@ -98,7 +98,7 @@ def to_e4m3(b_x):
 
 @triton.jit
 def divided(b_x, b_scale):
-    """`b_x / b_scale` rounded to nearest where the scale is above 2^-126, by one division per scale.
+    """`b_x / b_scale` rounded to nearest where the scale is above 2^-126, by one division per scale; -0 becomes 0.
 
     (Markstein 1990, IBM J. Res. Dev. 34(1): a product with the rounded inverse, corrected by its exact remainder.)
     """
