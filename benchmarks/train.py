@@ -133,7 +133,7 @@ def trained(recipe: dict[str, Any], batches: Sequence[PackedBatch], device: torc
             loss.total.backward()
             optimizer.accumulate()
             optimizer.step(recipe["optimizer"]["lr"] * min(1.0, (step + 1) / len(batches)))
-            losses.append(float(loss.total))  # waits for the device
+            losses.append(loss.total.detach().item())  # waits for the device
             if step >= WARM:
                 seconds.append(time.perf_counter() - started)
     return Run(losses, seconds)
