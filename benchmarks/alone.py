@@ -144,9 +144,7 @@ def repeat_layers_(model: Qwen3NextForCausalLM, count: int) -> None:
 class Batch:
     """Sequences in pages and slots of their own, and the next call of the network with them."""
 
-    def __init__(
-        self, model: Qwen3NextForCausalLM, count: int, longest: int, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, model: Qwen3NextForCausalLM, count: int, longest: int, dtype: torch.dtype | None = None) -> None:
         """Room for `count` sequences of up to `longest` tokens, in the model's dtype or another."""
         each, device = -(-longest // PAGE), model.device
         self.model, self.lengths = model, [0] * count

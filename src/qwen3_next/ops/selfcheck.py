@@ -21,6 +21,9 @@ _TOLERANCES = {torch.float32: (2e-5, 2e-4), torch.bfloat16: (2e-2, 4e-2)}
 """Of outputs and gradients, as `|result - expected| / |expected|`: wide enough for every operation and every fresh
 input, since this tells broken from whole; the tests hold each operation to its own."""
 
+_TOLERANCE_OF_HIDDEN_FP8 = 8e-2
+"""Of outputs whose hidden values are rounded to fp8 on the way: what 2,400 samples needed, and a third more."""
+
 _WORKERS = 8
 """Operations that are compiled side by side for a GPU, which takes most of the time there."""
 
@@ -152,7 +155,8 @@ def compare(sample: Sample, dtype: torch.dtype, device: torch.device, backend: B
         expected = _Results.of(sample.oracle or sample.run, wide, sample.gradients, results)
     outputs, gradients = _TOLERANCES[dtype]
     name = str(dtype).removeprefix("torch.")
-    checks = [_check(name, "outputs", results.outputs, expected.outputs, outputs * sample.slack)]
+    outputs = _TOLERANCE_OF_HIDDEN_FP8 if sample.rounds_hidden else outputs
+    checks = [_check(name, "outputs", results.outputs, expected.outputs, outputs)]
     if sample.gradients:
         checks.append(_check(name, "gradients", results.gradients, expected.gradients, gradients))
     return checks
