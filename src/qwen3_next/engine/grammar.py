@@ -27,6 +27,9 @@ CACHED = 64
 STACK = 512 * 2**20
 """Bytes for the compiler, which recurses as deeply as rules refer to each other. Only what it touches takes memory."""
 
+WHITESPACE = r"[\x20\x09]{1,2}|\x0D?\x0A[\x20\x09]{0,32}"
+"""Between the parts of a JSON text: what people write. Small models fill whole contexts with blanks where they may."""
+
 _END = "<|end of the grammar|>"
 _TEMPERATURE = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|(\[[^\]\n]*\btemperature\b)')
 """Texts and regular expressions first, so that what stands in them is not taken for an attribute."""
@@ -160,7 +163,11 @@ class GrammarCompiler:
 def _source(structured: Structured) -> str:
     text = structured.grammar
     if structured.kind == "json_schema":
-        return LLMatcher.grammar_from_json_schema(text)
+        is_object = text.lstrip().startswith("{")  # `true` is a schema too, and takes no options
+        try:
+            return LLMatcher.grammar_from_json_schema(text, {"whitespace_pattern": WHITESPACE} if is_object else None)
+        except ValueError as error:
+            raise _wrong(structured, str(error)) from error
     if structured.kind == "regex":
         return LLMatcher.grammar_from_regex(text)
     if any(found[1] for found in _TEMPERATURE.finditer(text)):
