@@ -249,8 +249,8 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(checkpoint: Pat
         llm.generate([[1], [1] * 300], greedy())
     with pytest.raises(InputError, match="token id 5000"):
         llm.generate([[1], [5000]], greedy())
-    with pytest.raises(InputError, match="structured is not served"):
-        llm.generate([1], greedy(structured=Structured(kind="regex", grammar="a+")))
+    with pytest.raises(InputError, match="unclosed group"):
+        llm.generate([1], greedy(structured=Structured(kind="regex", grammar="a(")))
     with pytest.raises(InputError, match="not valid Unicode"):
         llm.generate(["good", "bad \ud800"], greedy())
     with pytest.raises(InputError, match="prompt"):

@@ -1,6 +1,7 @@
 """A file of prompts is answered line by line, in any number of runs."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ def test_every_line_gets_the_answer_that_its_prompt_gets_alone(
     llm: LLM, source: Callable[..., Path], tmp_path: Path
 ) -> None:
     texts = [f"Story number {n} begins" for n in range(30)]
-    lines = [{"prompt": text} for text in texts]
+    lines: list[dict[str, Any]] = [{"prompt": text} for text in texts]
     lines[3] |= {"id": "third", "params": {"max_tokens": 2}}
+    lines[4] |= {"params": {"structured": {"kind": "regex", "grammar": "[0-9]{3}"}, "max_tokens": 9}}
     target = tmp_path / "answers.jsonl"
     assert answer_file(llm, source(*lines, ""), target, DEFAULTS, progress=False) == 30
     found = answers(target)
@@ -51,6 +53,7 @@ def test_every_line_gets_the_answer_that_its_prompt_gets_alone(
         expected = llm.generate(text, SamplingParams(temperature=0, max_tokens=length))[0][0]
         assert found[name]["text"] == expected.text
         assert (found[name]["finish"], found[name]["output_tokens"]) == ("length", length)
+    assert re.fullmatch("[0-9]{3}", found["5"]["text"])
     assert not llm.engine.has_work
 
 
@@ -101,6 +104,8 @@ def test_a_prompt_that_is_too_long_is_answered_with_the_reason(
         ([{"prompt": "a", "params": {"top_p": 7}}], "line 1: top_p = 7"),
         ([{"prompt": "a", "params": {"warmth": 7}}], "line 1: .*warmth"),
         ([{"prompt": "a", "params": {"n": 2}}], "line 1: n is 1"),
+        ([{"prompt": "a", "params": {"structured": {"regex": "a"}}}], "line 1: .*regex"),
+        ([{"prompt": "a", "params": {"structured": "a+"}}], "line 1: "),
         ([{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}], "line 2: the id 'x'"),
     ],
 )

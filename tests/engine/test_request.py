@@ -56,13 +56,28 @@ def test_every_value_of_the_ranges_is_taken() -> None:
     SamplingParams(top_p=1e-9, repetition_penalty=0.5, frequency_penalty=2, logprobs=0, prompt_logprobs=100, n=3)
 
 
-@pytest.mark.parametrize(("kind", "grammar"), [("json_schema", "{"), ("regex", ""), ("lark", "x")])
+@pytest.mark.parametrize(
+    ("kind", "grammar"),
+    [
+        ("json_schema", "{"),
+        ("json_schema", "[" * 60_000),
+        ("json_schema", '{"a": "\ud800"}'),
+        ("regex", ""),
+        ("regex", "\ud800"),
+        ("regex", "ä" * 32_769),
+        ("regex", 5),
+        ("lark", "x"),
+    ],
+)
 def test_a_malformed_structure_is_refused(kind: Any, grammar: str) -> None:
     with pytest.raises(InputError, match="structured"):
         Structured(kind=kind, grammar=grammar)
 
 
 def test_a_structure_is_taken() -> None:
+    Structured(kind="regex", grammar="ä" * 32_768)
+    with pytest.raises(InputError, match="a Structured"):
+        SamplingParams(structured={"kind": "regex", "grammar": "a"})  # type: ignore[arg-type]
     SamplingParams(structured=Structured(kind="json_schema", grammar=json.dumps({"type": "object"})))
 
 

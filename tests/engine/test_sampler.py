@@ -87,6 +87,36 @@ def test_greedy_takes_the_likeliest_of_what_is_known() -> None:
     assert [drawn.token for drawn in draw(logits, draws, 3, frozenset({0}))] == [1, 1]  # 0 may not end it yet
 
 
+@pytest.mark.parametrize("params", [*FILTERS, {"temperature": 0}, {"temperature": 50.0}])
+def test_only_what_is_allowed_comes_whatever_the_parameters(params: dict[str, Any]) -> None:
+    torch.manual_seed(2)
+    logits, allowed = 5 * torch.randn(VOCABULARY), torch.arange(VOCABULARY) % 3 == 2
+    values: dict[str, Any] = {"logit_bias": {1: 1e4, 3: 1e4}}
+    made = request([1, 2, 3, 3, 5], **(values | params))
+    draws = [Draw(made, seed, allowed if seed % 2 else None) for seed in range(400)]
+    found = draw(logits.expand(400, -1), draws, VOCABULARY, frozenset())
+    assert {one.token for one in found[1::2]} <= set(range(2, VOCABULARY, 3))
+    assert found[::2] == [draw(logits[None], [one], VOCABULARY, frozenset())[0] for one in draws[::2]]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_where_ends_and_a_grammar_leave_nothing_the_grammar_decides(temperature: float) -> None:
+    logits, allowed = torch.tensor([[1.0, 5.0, 2.0, 9.0]]), torch.tensor([True, False, True, False])
+    ends = frozenset({0, 2, 3})
+
+    def drawn(allowed: torch.Tensor | None, **params: Any) -> set[int | None]:
+        made = request([1, 1], temperature=temperature, min_tokens=4, **params)
+        return {draw(logits, [Draw(made, seed, allowed)], 4, ends)[0].token for seed in range(40)}
+
+    assert drawn(None) == {1}
+    assert 3 in drawn(None, stop_token_ids=(1,))  # nothing is left: the likeliest as ever
+    assert drawn(allowed) <= {0, 2}
+    assert drawn(torch.tensor([True, True, False, False])) == {1}
+    # Who ignores ends does so as long as something else is allowed.
+    assert drawn(torch.tensor([True, True, False, False]), ignore_eos=True) == {1}
+    assert drawn(allowed, ignore_eos=True) <= {0, 2}
+
+
 def test_a_row_that_is_not_finite_is_told_and_the_others_are_drawn() -> None:
     logits = torch.tensor([[1.0, math.nan, 2.0], [1.0, 5.0, 2.0], [math.inf, 0.0, 0.0]])
     draws = [Draw(request([1, 2], temperature=t), 7) for t in (0, 0, 1)]

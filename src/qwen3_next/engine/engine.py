@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qwen3_next.engine.config import Division, EngineConfig
+from qwen3_next.engine.grammar import GrammarCompiler, GrammarState
 from qwen3_next.engine.loading import LoadedModel
 from qwen3_next.engine.memory import Memory
 from qwen3_next.engine.plan import Plan, SequenceResult
@@ -26,11 +27,14 @@ class Output:
         state: tokens, the reason of the end, counts.
         text: what may be shown now; nothing of a stop string, and no half of a character.
         logprobs: of the new tokens, where they were asked for.
+        prompt_logprobs: of every token of the prompt, where they were asked for: told once, in the first output. The
+            first token has none.
     """
 
     state: RequestOutput
     text: str
     logprobs: tuple[Drawn, ...]
+    prompt_logprobs: tuple[Drawn, ...]
 
 
 @dataclass(eq=False)
@@ -40,8 +44,11 @@ class _Stream:
     seed: int
     characters: Characters
     stops: StopStrings
+    grammar: GrammarState | None
+    prompt_logprobs: list[Drawn]
     text: str = ""
     logprobs: list[Drawn] = field(default_factory=list[Drawn])
+    error: InputError | None = None
 
 
 class Engine:
@@ -63,24 +70,28 @@ class Engine:
         )
         memory = Memory(self.division.pages, self.division.slots, PAGE)
         self.scheduler = Scheduler(self.division.scheduler(loaded.eos_ids), memory)
-        self.runner = Runner(model, self.division)
         self._streams: dict[str, _Stream] = {}
         self._known = min(loaded.tokenizer.get_vocab_size(), loaded.config.vocab_size)
+        self.runner = Runner(model, self.division, self._known)
+        self._grammars = GrammarCompiler(loaded.tokenizer, self._known, loaded.eos_ids)
 
     def add(self, request: Request) -> None:
         """Queue a request.
 
         Raises:
-            InputError: its id is in use, its tokens are not the model's, or it asks for what is not served.
+            InputError: its id is in use, its tokens are not the model's, or its grammar is wrong.
             CapacityError: its prompt leaves no room for a token.
         """
-        self._require_served(request)
+        self._require_known_tokens(request)
+        seed, structured = request.params.seed, request.params.structured
+        grammar = None if structured is None else self._grammars.matcher(structured)
         self.scheduler.add(request)
-        seed = request.params.seed
         self._streams[request.request_id] = _Stream(
             seed=secrets.randbits(64) if seed is None else seed + (request.sample << 48),
             characters=Characters(self.loaded.tokenizer),
             stops=StopStrings(request.params.stop),
+            grammar=grammar,
+            prompt_logprobs=[] if request.params.prompt_logprobs is None else [Drawn(request.prompt[0])],
         )
 
     def abort(self, request_id: str) -> bool:
@@ -110,11 +121,7 @@ class Engine:
             ) from error
         return [self._output(state) for state in self.scheduler.commit(plan, results)]
 
-    def _require_served(self, request: Request) -> None:
-        params = request.params
-        if params.structured is not None or params.prompt_logprobs is not None:
-            name = "structured" if params.structured is not None else "prompt_logprobs"
-            raise InputError(f"request {request.request_id!r}: {name} is not served in this version. Leave it out.")
+    def _require_known_tokens(self, request: Request) -> None:
         size = self.loaded.config.vocab_size
         wrong = [token for token in request.prompt if not 0 <= token < size]
         if wrong:
@@ -124,14 +131,24 @@ class Engine:
             )
 
     def _computed(self, plan: Plan) -> list[SequenceResult]:
-        batch, logits = self.runner.run(plan)
-        names = [sequence.request.request_id for sequence in batch.sampling]
-        draws = [
-            Draw(sequence.request, self._streams[name].seed)
-            for sequence, name in zip(batch.sampling, names, strict=True)
-        ]
-        drawn = dict(zip(names, draw(logits, draws, self._known, self.loaded.eos_ids), strict=True))
-        return [self._result(sequence.request, drawn.get(sequence.request.request_id)) for sequence in plan]
+        computed = self.runner.run(plan)
+        draws = [self._draw(sequence.request) for sequence in computed.batch.sampling]
+        drawn = draw(computed.logits, draws, self._known, self.loaded.eos_ids)
+        by_name = {one.request.request_id: token for one, token in zip(draws, drawn, strict=True)}
+        for sequence in plan:
+            name = sequence.request.request_id
+            if name in computed.prompt_scores:  # after a preemption, once more from the start
+                self._streams[name].prompt_logprobs[sequence.start + 1 :] = computed.prompt_scores[name]
+        return [self._result(sequence.request, by_name.get(sequence.request.request_id)) for sequence in plan]
+
+    def _draw(self, request: Request) -> Draw:
+        """What to draw with; masks are computed here, while the device is busy."""
+        stream, allowed = self._streams[request.request_id], None
+        try:
+            allowed = stream.grammar.allowed() if stream.grammar else None
+        except InputError as error:
+            stream.error = error
+        return Draw(request, stream.seed, allowed)
 
     def _result(self, request: Request, drawn: Drawn | None) -> SequenceResult:
         if drawn is None:
@@ -144,13 +161,27 @@ class Engine:
                 )
             )
         stream = self._streams[request.request_id]
+        try:
+            is_over = self._accept(stream, drawn.token)
+        except InputError as error:
+            return SequenceResult(error=error)
         stream.logprobs.append(drawn)
         ends = {*request.params.stop_token_ids, *(() if request.params.ignore_eos else self.loaded.eos_ids)}
         if drawn.token not in ends:
             text = stream.characters.push(drawn.token)
             may_stop = request.output_length + 1 >= request.params.min_tokens
             stream.text += stream.stops.push(text) if may_stop else text
-        return SequenceResult(tokens=(drawn.token,), finish=FinishReason.STOP if stream.stops.found else None)
+        is_over |= stream.stops.found
+        return SequenceResult(tokens=(drawn.token,), finish=FinishReason.STOP if is_over else None)
+
+    def _accept(self, stream: _Stream, token: int) -> bool:
+        """Go on by the grammar, where there is one. True: it ends there."""
+        if stream.error is not None:
+            raise stream.error
+        if stream.grammar is None:
+            return False
+        stream.grammar.accept(token)
+        return stream.grammar.is_finished
 
     def _output(self, state: RequestOutput) -> Output:
         stream = self._streams[state.request_id]
@@ -158,6 +189,11 @@ class Engine:
             if not stream.stops.found:
                 stream.text += stream.stops.push(stream.characters.finish()) + stream.stops.finish()
             del self._streams[state.request_id]
-        output = Output(state=state, text=stream.text, logprobs=tuple(stream.logprobs))
-        stream.text, stream.logprobs = "", []
+        output = Output(
+            state=state,
+            text=stream.text,
+            logprobs=tuple(stream.logprobs),
+            prompt_logprobs=tuple(stream.prompt_logprobs),
+        )
+        stream.text, stream.logprobs, stream.prompt_logprobs = "", [], []
         return output

@@ -28,6 +28,7 @@ class Completion:
         finish: why it ended.
         error: with `FinishReason.ERROR`, what went wrong with this request.
         logprobs: of each token, where they were asked for.
+        prompt_logprobs: of each token of the prompt, where they were asked for; the first one's `logprob` is None.
         cached_tokens: of the prompt, how many an earlier prompt had brought.
     """
 
@@ -36,16 +37,18 @@ class Completion:
     finish: FinishReason
     error: Qwen3NextError | None
     logprobs: tuple[Drawn, ...] | None
+    prompt_logprobs: tuple[Drawn, ...] | None
     prompt_tokens: int
     cached_tokens: int
 
 
 @dataclass(eq=False)
 class _Growing:
-    wants_logprobs: bool
+    params: SamplingParams
     text: str = ""
     token_ids: list[int] = field(default_factory=list[int])
     logprobs: list[Drawn] = field(default_factory=list[Drawn])
+    prompt_logprobs: list[Drawn] = field(default_factory=list[Drawn])
 
     def take(self, output: Output) -> Completion | None:
         """The completion, where this was its last output."""
@@ -53,6 +56,7 @@ class _Growing:
         self.text += output.text
         self.token_ids += state.tokens
         self.logprobs += output.logprobs
+        self.prompt_logprobs += output.prompt_logprobs
         if state.finish is None:
             return None
         return Completion(
@@ -60,7 +64,8 @@ class _Growing:
             token_ids=tuple(self.token_ids),
             finish=state.finish,
             error=state.error,
-            logprobs=tuple(self.logprobs) if self.wants_logprobs else None,
+            logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
+            prompt_logprobs=None if self.params.prompt_logprobs is None else tuple(self.prompt_logprobs),
             prompt_tokens=state.prompt_tokens,
             cached_tokens=state.cached_tokens,
         )
@@ -201,7 +206,7 @@ class LLM:
                     except InputError as error:
                         yield key, error
                         continue
-                    growing[request.request_id] = key, _Growing(params.logprobs is not None)
+                    growing[request.request_id] = key, _Growing(params)
                 if not growing and not taken:
                     return
                 for output in self.engine.step():
@@ -218,7 +223,7 @@ class LLM:
         try:
             for request in requests:
                 self.engine.add(request)
-                growing[request.request_id] = _Growing(request.params.logprobs is not None)
+                growing[request.request_id] = _Growing(request.params)
             return self._finish(growing, progress and len(requests) > 1)
         except BaseException:
             self._abandon(growing)

@@ -9,7 +9,7 @@ from typing import Any, cast
 from rich.progress import Progress
 
 from qwen3_next.engine.llm import LLM, Completion
-from qwen3_next.engine.request import SamplingParams
+from qwen3_next.engine.request import SamplingParams, Structured
 from qwen3_next.errors import InputError, Qwen3NextError
 
 AHEAD = 4
@@ -33,9 +33,10 @@ def answer_file(llm: LLM, source: Path, target: Path, defaults: Mapping[str, Any
     """Answer every line of a JSONL file that has no answer yet; return how many were answered now.
 
     A line is `{"prompt": text}` or `{"messages": [...]}`, with "id" (else the number of the line) and "params" (fields
-    of `SamplingParams`) where wanted. An answer is `{"id", "text", "finish", "prompt_tokens", "output_tokens"}`, and
-    "error" where a request failed; answers come in the order in which they are ready, each written at once. Run it
-    again after an interruption, and it goes on; a line that was cut while it was written is written anew.
+    of `SamplingParams`; "structured" is `{"kind": ..., "grammar": ...}`) where wanted. An answer is `{"id", "text",
+    "finish", "prompt_tokens", "output_tokens"}`, and "error" where a request failed; answers come in the order in which
+    they are ready, each written at once. Run it again after an interruption, and it goes on; a line that was cut while
+    it was written is written anew.
 
     Args:
         defaults: of the params of every line.
@@ -100,7 +101,10 @@ def _line(llm: LLM, found: Any, number: str, defaults: Mapping[str, Any]) -> Lin
     prompt = fields["prompt"] if "prompt" in fields else llm.render(fields["messages"])
     if not isinstance(prompt, str) or not prompt:
         raise InputError("the prompt is no text, or empty.")
-    params = llm.default_params(**(dict(defaults) | fields.get("params", {})))
+    values = dict(defaults) | fields.get("params", {})
+    if values.get("structured") is not None:
+        values["structured"] = Structured(**values["structured"])
+    params = llm.default_params(**values)
     if params.n != 1:
         raise InputError("n is 1 here; write the line several times, with ids of their own.")
     return Line(str(fields.get("id", number)), prompt, params)

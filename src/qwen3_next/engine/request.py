@@ -14,6 +14,9 @@ __all__ = ["FinishReason", "Request", "RequestOutput", "SamplingParams", "Status
 MOST_LOGPROBS = 100
 """Log-probabilities of the likeliest tokens that one position may report."""
 
+LONGEST_GRAMMAR = 64 * 2**10
+"""Bytes."""
+
 
 class FinishReason(Enum):
     """Why a request ended."""
@@ -47,7 +50,10 @@ class Structured:
 
     Attributes:
         kind: of grammar.
-        grammar: a JSON schema as JSON text, a regular expression, or a Lark grammar.
+        grammar: a JSON schema as JSON text, a regular expression, or a Lark grammar; at most 64 KiB.
+
+    Raises:
+        InputError: another kind, or no text of that size; the engine refuses what is no grammar.
     """
 
     kind: Literal["json_schema", "regex", "grammar"]
@@ -56,13 +62,18 @@ class Structured:
     def __post_init__(self) -> None:
         if self.kind not in ("json_schema", "regex", "grammar"):
             _refuse("structured.kind", self.kind, "'json_schema', 'regex' or 'grammar'", "Name one of these.")
+        _instance("structured.grammar", self.grammar, str, "Write a schema with json.dumps.")
         if not self.grammar:
             _refuse("structured.grammar", self.grammar, "a text that is not empty", "Leave `structured` out.")
-        if self.kind == "json_schema":
-            try:
+        beginning = self.grammar[:80].encode(errors="replace").decode()
+        try:
+            size = len(self.grammar.encode())
+            if self.kind == "json_schema":
                 json.loads(self.grammar)
-            except ValueError as error:
-                _refuse("structured.grammar", self.grammar, f"JSON ({error})", "Write it with json.dumps.")
+        except (ValueError, RecursionError) as error:
+            _refuse("structured.grammar", beginning, f"Unicode, and JSON for a schema ({error})", "Correct it.")
+        if size > LONGEST_GRAMMAR:
+            _refuse("structured.grammar", f"{beginning}...", f"at most {LONGEST_GRAMMAR} bytes", "Shorten it.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +98,7 @@ class SamplingParams:
         ignore_eos: go on after the model's own end tokens.
         min_tokens: nothing of the above ends the output before it has so many tokens.
         max_tokens: the most tokens of the output; None goes on to the end of the context.
-        structured: the form that the output must have.
+        structured: the form that the output must have; where it is complete the output ends, whatever `min_tokens` is.
 
     Raises:
         InputError: a value outside its range.
@@ -150,6 +161,8 @@ class SamplingParams:
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if count is not None:
                 _whole(name, count, 0, "Leave it out for no log-probabilities.", most=MOST_LOGPROBS)
+        if self.structured is not None:
+            _instance("structured", self.structured, Structured, "Say which kind of grammar it is.")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -285,6 +298,11 @@ def _whole(name: str, value: Any, least: int, remedy: str, *, most: int | None =
     if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
         allowed = f"a whole number of at least {least}" + ("" if most is None else f", at most {most}")
         _refuse(name, value, allowed, remedy)
+
+
+def _instance(name: str, value: Any, kind: type, remedy: str) -> None:
+    if not isinstance(value, kind):
+        _refuse(name, value, f"a {kind.__name__}", remedy)
 
 
 def _refuse(name: str, value: object, allowed: str, remedy: str) -> NoReturn:

@@ -22,10 +22,12 @@ class Draw:
     Attributes:
         request: its committed tokens are those that penalties count.
         seed: of its random numbers.
+        allowed: the only tokens that may come, on the host; None for all.
     """
 
     request: Request
     seed: int
+    allowed: Bool[Tensor, "V"] | None = None
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Drawn:
 
     Attributes:
         token: None where the logits were not finite.
-        logprob: of the token, by the model's own distribution; None where it was not asked for.
+        logprob: of the token, by the model's own distribution; None where it was not asked for, and for the first token
+            of a prompt, which has none.
         top_logprobs: of the likeliest tokens, the likeliest first.
     """
 
@@ -80,7 +83,7 @@ def _mixed(word: int) -> int:
 
 
 def _adjusted(raw: Float[Tensor, "R V"], draws: Sequence[Draw], ends: frozenset[int]) -> Float[Tensor, "R V"]:
-    """Penalties, biases, and ends that may not come yet; rows without any stay what they are."""
+    """Penalties, biases, and -inf for what may not come; rows without any stay what they are."""
     adjusted = raw.clone() if any(_changes(one.request) for one in draws) else raw
     for row, one in enumerate(draws):
         request, params = one.request, one.request.params
@@ -88,19 +91,35 @@ def _adjusted(raw: Float[Tensor, "R V"], draws: Sequence[Draw], ends: frozenset[
             continue
         _penalize_(adjusted[row], request, params)
         biases = {token: bias for token, bias in params.logit_bias.items() if token < raw.shape[1]}
-        if request.output_length < params.min_tokens:
-            stops = {*params.stop_token_ids, *(() if params.ignore_eos else ends)}
-            biases |= {token: -math.inf for token in stops if token < raw.shape[1]}
         if biases:
             ids = torch.tensor(list(biases), device=raw.device)
             adjusted[row, ids] += torch.tensor(list(biases.values()), device=raw.device)
+    masks = [_permitted(one, raw.shape[1], ends) for one in draws]
+    rows = [row for row, mask in enumerate(masks) if mask is not None]
+    if rows:
+        index = torch.tensor(rows, device=raw.device)
+        forbidden = ~torch.stack([mask for mask in masks if mask is not None]).to(raw.device)
+        adjusted = adjusted.index_copy(0, index, adjusted[index].masked_fill(forbidden, -math.inf))
     return adjusted
 
 
 def _changes(request: Request) -> bool:
     params = request.params
     penalties = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-    return bool(penalties or params.logit_bias or request.output_length < params.min_tokens)
+    return bool(penalties or params.logit_bias)
+
+
+def _permitted(one: Draw, size: int, ends: frozenset[int]) -> Bool[Tensor, "V"] | None:
+    """What a grammar and `min_tokens` leave, None for all. Where together they leave nothing, the grammar decides."""
+    params, is_early = one.request.params, one.request.output_length < one.request.params.min_tokens
+    # Who ignores ends goes on as long as the grammar lets them, and without one draws ends like any other token.
+    are_ends_banned = one.allowed is not None if params.ignore_eos else is_early
+    banned = {*(params.stop_token_ids if is_early else ()), *(ends if are_ends_banned else ())}
+    if not banned:
+        return one.allowed
+    permitted = torch.ones(size, dtype=torch.bool) if one.allowed is None else one.allowed.clone()
+    permitted[[token for token in banned if token < size]] = False
+    return permitted if permitted.any() else one.allowed
 
 
 def _penalize_(logits: Float[Tensor, "V"], request: Request, params: SamplingParams) -> None:
@@ -158,8 +177,19 @@ def _reported(
         elif wanted is None:
             result.append(Drawn(tokens[row]))
         else:
-            logprobs = raw[row].log_softmax(dim=0)
-            values, ids = logprobs.topk(min(wanted, len(logprobs)))
-            top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-            result.append(Drawn(tokens[row], float(logprobs[tokens[row]]), top))
+            result += logprobs_of(raw[row : row + 1], tokens[row : row + 1], wanted)
     return result
+
+
+def logprobs_of(logits: Float[Tensor, "R V"], tokens: Sequence[int], wanted: int) -> list[Drawn]:
+    """What fp32 logits say of one token for each row, and of the likeliest ones."""
+    size = logits.shape[1]
+    sums = logits.logsumexp(dim=1, keepdim=True)
+    ids = torch.tensor(tokens, device=logits.device)[:, None]
+    own = torch.where(ids < size, logits.gather(1, ids.clamp(max=size - 1)) - sums, -math.inf)[:, 0].tolist()
+    values, likeliest = logits.topk(min(wanted, size), dim=1)
+    tops = zip(likeliest.tolist(), (values - sums).tolist(), strict=True)
+    return [
+        Drawn(token, logprob, tuple(zip(*top, strict=True)))
+        for token, logprob, top in zip(tokens, own, tops, strict=True)
+    ]
