@@ -109,10 +109,10 @@ class Division:
 
 
 def sizes(config: Qwen3NextConfig, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of a page and of a slot in all layers."""
+    """Bytes of a page and of a slot in all layers; 1 where no layer needs any."""
     one = PackedMemory.allocate(config, pages=1, slots=1, dtype=dtype, device="meta")
     states = (one.recurrent, one.conv, one.pending_qkv, one.pending_ba)
-    return one.keys.nbytes + one.values.nbytes, sum(state.nbytes for state in states)
+    return max(1, one.keys.nbytes + one.values.nbytes), max(1, sum(state.nbytes for state in states))
 
 
 def _free_bytes(device: torch.device) -> int:

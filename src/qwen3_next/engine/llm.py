@@ -1,9 +1,10 @@
 """Prompts in, texts out, all at once: the engine for programs that have their prompts together."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich.progress import Progress
 
@@ -14,6 +15,9 @@ from qwen3_next.engine.request import FinishReason, Request, RequestOutput, Samp
 from qwen3_next.engine.sampler import Drawn
 from qwen3_next.errors import CheckpointError, InputError, Qwen3NextError
 from qwen3_next.model.quantize import quantize_
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, str]
@@ -194,7 +198,7 @@ class LLM:
         finally:
             self._leave(request.request_id for group in requests for request in group)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamUpdate]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[StreamUpdate]:
         """Continue a prompt piece by piece; with `params.n` answers their pieces take turns.
 
         Leaving the iterator ends the request.
@@ -227,18 +231,30 @@ class LLM:
         return self.generate(self.render(messages), params, progress=progress)[0][0]
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The text that a conversation is to the model."""
+        """The text that a conversation is to the model.
+
+        Raises:
+            CheckpointError: the model has no chat template, or one that cannot render the messages.
+        """
+        renderer, turns = self.renderer, [dict(message) for message in messages]
+        try:
+            return str(renderer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template is a program: it may be no Jinja, or raise whatever it likes
+            raise CheckpointError(f"the model's chat template cannot render the messages ({error}).") from error
+
+    @cached_property
+    def renderer(self) -> "PreTrainedTokenizerFast":
+        """The tokenizer with its chat template.
+
+        Raises:
+            CheckpointError: the model has none.
+        """
         loaded = self.engine.loaded
         if loaded.chat_template is None:
             raise CheckpointError("the model's tokenizer has no chat template; use `generate` with a text.")
         from transformers import PreTrainedTokenizerFast  # takes longer to import than the engine to start
 
-        renderer = PreTrainedTokenizerFast(tokenizer_object=loaded.tokenizer, chat_template=loaded.chat_template)
-        turns = [dict(message) for message in messages]
-        try:
-            return str(renderer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # a template is a program: it may be no Jinja, or raise whatever it likes
-            raise CheckpointError(f"the model's chat template cannot render the messages ({error}).") from error
+        return PreTrainedTokenizerFast(tokenizer_object=loaded.tokenizer, chat_template=loaded.chat_template)
 
     def default_params(self, **changes: Any) -> SamplingParams:
         """The settings of generation_config.json, some of them changed.
@@ -262,11 +278,16 @@ class LLM:
         Raises:
             InputError: the prompt is empty or no Unicode.
         """
-        ids = self._encoded(prompt) if isinstance(prompt, str) else prompt
+        ids = self.encoded(prompt) if isinstance(prompt, str) else prompt
         name = f"request-{next(self._numbers)}" if name is None else name
         return Request(request_id=name, prompt=tuple(int(token) for token in ids), params=params).samples()
 
-    def _encoded(self, text: str) -> list[int]:
+    def encoded(self, text: str) -> list[int]:
+        """The tokens of a text.
+
+        Raises:
+            InputError: it is no Unicode.
+        """
         try:
             text.encode()
         except UnicodeEncodeError as error:
