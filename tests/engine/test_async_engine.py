@@ -277,6 +277,31 @@ def test_a_step_that_raises_answers_everyone_and_the_engine_goes_on(
     assert figures.failed_steps == 1
 
 
+def test_a_request_that_comes_while_a_step_fails_is_served(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go, step = Event(), Event(), Engine.step
+
+    def fails_once(engine: Engine) -> Any:
+        if not go.is_set():
+            begun.set()
+            assert go.wait(60)
+            raise ZeroDivisionError
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", fails_once)
+
+    async def use_it(engine: AsyncEngine) -> None:
+        early = asyncio.create_task(collect(engine.stream(PROMPTS[0], GREEDY)))
+        assert await asyncio.to_thread(begun.wait, 60)
+        late = asyncio.create_task(collect(engine.stream(PROMPTS[1], GREEDY)))
+        await asyncio.sleep(0)
+        go.set()
+        with pytest.raises(EngineError):
+            await early
+        assert len(ids(await late)) == 9
+
+    run(llm, use_it)
+
+
 def test_where_the_engine_cannot_go_on_everyone_is_told_then_and_later(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
