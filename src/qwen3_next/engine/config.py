@@ -53,10 +53,10 @@ class EngineConfig:
         page_bytes, slot_bytes = sizes(config, dtype)
         room = _free_bytes(device) if self.memory_bytes is None else self.memory_bytes
         # A slot for each sequence and one for a state that others can go on from; one is reserved.
-        slots = min(2 * self.max_sequences + 1, int(room * SHARE_OF_SLOTS) // slot_bytes)
+        slots = min(2 * self.max_sequences + 1, int(room * SHARE_OF_SLOTS) // max(slot_bytes, 1))
         longest = config.context_length() if self.max_context is None else self.max_context
         wanted = self.max_sequences * -(-longest // PAGE) + 2
-        pages = min(wanted, (room - max(slots, 0) * slot_bytes) // page_bytes)
+        pages = min(wanted, (room - max(slots, 0) * slot_bytes) // max(page_bytes, 1))
         if slots < 3 or pages < 3:
             raise CapacityError(
                 f"{room / 2**20:.0f} MiB for keys, values and states hold no sequence. Allowed: at least "
@@ -109,10 +109,10 @@ class Division:
 
 
 def sizes(config: Qwen3NextConfig, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of a page and of a slot in all layers; 1 where no layer needs any."""
+    """Bytes of a page and of a slot in all layers."""
     one = PackedMemory.allocate(config, pages=1, slots=1, dtype=dtype, device="meta")
     states = (one.recurrent, one.conv, one.pending_qkv, one.pending_ba)
-    return max(1, one.keys.nbytes + one.values.nbytes), max(1, sum(state.nbytes for state in states))
+    return one.keys.nbytes + one.values.nbytes, sum(state.nbytes for state in states)
 
 
 def _free_bytes(device: torch.device) -> int:

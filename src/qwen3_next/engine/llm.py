@@ -1,10 +1,10 @@
 """Prompts in, texts out, all at once: the engine for programs that have their prompts together."""
 
+import functools
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rich.progress import Progress
 
@@ -15,9 +15,6 @@ from qwen3_next.engine.request import FinishReason, Request, RequestOutput, Samp
 from qwen3_next.engine.sampler import Drawn
 from qwen3_next.errors import CheckpointError, InputError, Qwen3NextError
 from qwen3_next.model.quantize import quantize_
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, str]
@@ -242,9 +239,9 @@ class LLM:
         except Exception as error:  # a template is a program: it may be no Jinja, or raise whatever it likes
             raise CheckpointError(f"the model's chat template cannot render the messages ({error}).") from error
 
-    @cached_property
-    def renderer(self) -> "PreTrainedTokenizerFast":
-        """The tokenizer with its chat template.
+    @functools.cached_property
+    def renderer(self) -> Any:
+        """The tokenizer with its chat template, as transformers has it.
 
         Raises:
             CheckpointError: the model has none.
