@@ -8,7 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,12 @@ import qwen3_next
 from qwen3_next import Qwen3NextConfig, Qwen3NextForCausalLM
 from qwen3_next.cli import main
 from qwen3_next.cli_info import SHORT_CONTEXT, USABLE, capacity
-from qwen3_next.cli_text import SamplingOptions, Writer
+from qwen3_next.cli_text import SamplingOptions
+from qwen3_next.engine import LLM, Plan, SamplingParams, StreamUpdate
 from qwen3_next.engine.loading import choose_dtype
+from qwen3_next.engine.runner import Runner
 from qwen3_next.engine.text import Characters, StopStrings
-from qwen3_next.model.bare import BareCausalLM
 from qwen3_next.ops.backend import OPERATIONS
-from qwen3_next.ops.sampling import Sampling
 from qwen3_next.ops.selfcheck import Check, Finding
 from qwen3_next.train import TrainResult
 
@@ -91,31 +92,42 @@ def type_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return lambda text: monkeypatch.setattr(sys, "stdin", io.StringIO(text))
 
 
+@dataclass
+class Asked:
+    """What a command asked of the engine, and what it got so far."""
+
+    params: SamplingParams
+    token_ids: list[int]
+
+
 @pytest.fixture
-def writers(monkeypatch: pytest.MonkeyPatch) -> list[Writer]:
-    """Every writer that a command makes."""
-    made: list[Writer] = []
-    begin = Writer.__init__
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
+    """Everything that commands ask of the engine; the tokens are those of the prompt and of the answer."""
+    made: list[Asked] = []
+    begin = LLM.stream
 
-    def remember(writer: Writer, *arguments: Any) -> None:
-        made.append(writer)
-        begin(writer, *arguments)
+    def remember(llm: LLM, prompt: str | list[int], params: SamplingParams) -> Generator[StreamUpdate]:
+        one = Asked(params, llm.encoded(prompt) if isinstance(prompt, str) else list(prompt))
+        made.append(one)
+        for update in begin(llm, prompt, params):
+            one.token_ids += update.token_ids
+            yield update
 
-    monkeypatch.setattr(Writer, "__init__", remember)
+    monkeypatch.setattr(LLM, "stream", remember)
     return made
 
 
 @pytest.fixture
 def tokens_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each call of the model has read."""
+    """How many tokens each call of the network has read."""
     counts: list[int] = []
-    forward = BareCausalLM.forward
+    run = Runner.run
 
-    def count(model: BareCausalLM, token_ids: torch.Tensor, cache: Any) -> torch.Tensor:
-        counts.append(len(token_ids))
-        return forward(model, token_ids, cache)
+    def count(runner: Runner, plan: Plan) -> Any:
+        counts.append(plan.token_count)
+        return run(runner, plan)
 
-    monkeypatch.setattr(BareCausalLM, "forward", count)
+    monkeypatch.setattr(Runner, "run", count)
     return counts
 
 
@@ -126,7 +138,7 @@ def python(code: str) -> "subprocess.CompletedProcess[str]":
 # generate
 
 
-def test_greedy_text_is_that_of_transformers_generate(checkpoint: Path, run: Any, writers: list[Writer]) -> None:
+def test_greedy_text_is_that_of_transformers_generate(checkpoint: Path, run: Any, asked: list[Asked]) -> None:
     code, out, err = run("generate", PROMPT, "--model", checkpoint, "--greedy", "--max-tokens", 12)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = Qwen3NextForCausalLM.from_pretrained(checkpoint)
@@ -134,7 +146,7 @@ def test_greedy_text_is_that_of_transformers_generate(checkpoint: Path, run: Any
     expected = model.generate(
         **inputs, max_new_tokens=12, do_sample=False, suppress_tokens=list(range(KNOWN, KNOWN + UNKNOWN))
     )
-    assert writers[0].token_ids == expected[0].tolist()
+    assert asked[0].token_ids == expected[0].tolist()
     written = tokenizer.decode(expected[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     assert code == 0
     assert out == written.rstrip("\N{REPLACEMENT CHARACTER}") + "\n"
@@ -143,17 +155,17 @@ def test_greedy_text_is_that_of_transformers_generate(checkpoint: Path, run: Any
 
 
 def test_the_prompt_comes_from_stdin_where_it_is_a_dash(
-    checkpoint: Path, run: Any, type_in: Any, writers: list[Writer]
+    checkpoint: Path, run: Any, type_in: Any, asked: list[Asked]
 ) -> None:
     type_in("def f():\n    return 1\n")
     assert run("generate", "-", "--model", checkpoint, "--max-tokens", 1)[0] == 0
-    assert TOKENIZER.decode(writers[0].token_ids[:-1]) == "def f():\n    return 1"
+    assert TOKENIZER.decode(asked[0].token_ids[:-1]) == "def f():\n    return 1"
 
 
-def test_a_prompt_is_tokenised_as_transformers_does(checkpoint: Path, run: Any, writers: list[Writer]) -> None:
+def test_a_prompt_is_tokenised_as_transformers_does(checkpoint: Path, run: Any, asked: list[Asked]) -> None:
     prompt = "<|im_start|>user\nÀ bientôt, 你好 🙂<|im_end|>\n"
     run("generate", prompt, "--model", checkpoint, "--max-tokens", 1)
-    assert writers[0].token_ids[:-1] == AutoTokenizer.from_pretrained(checkpoint)(prompt).input_ids
+    assert asked[0].token_ids[:-1] == AutoTokenizer.from_pretrained(checkpoint)(prompt).input_ids
 
 
 def test_each_token_is_read_once(checkpoint: Path, run: Any, tokens_read: list[int]) -> None:
@@ -174,13 +186,13 @@ def test_without_a_seed_the_text_differs(checkpoint: Path, run: Any) -> None:
     assert run(*command)[1] != run(*command)[1]
 
 
-def test_ids_beyond_the_tokenizer_are_never_drawn(checkpoint: Path, run: Any, writers: list[Writer]) -> None:
+def test_ids_beyond_the_tokenizer_are_never_drawn(checkpoint: Path, run: Any, asked: list[Asked]) -> None:
     run("generate", PROMPT, "--model", checkpoint, "--temperature", 1000, "--max-tokens", 100)
-    assert len(writers[0].token_ids) > 100
-    assert max(writers[0].token_ids) < KNOWN
+    assert len(asked[0].token_ids) > 100
+    assert max(asked[0].token_ids) < KNOWN
 
 
-def test_every_end_token_ends_the_text(changed: Any, run: Any, writers: list[Writer]) -> None:
+def test_every_end_token_ends_the_text(changed: Any, run: Any, asked: list[Asked]) -> None:
     # Every second token ends: a text of 60 tokens without one has the probability 2 ** -60.
     ends = list(range(0, KNOWN, 2))
     directory = changed("generation_config.json", eos_token_id=ends)
@@ -188,20 +200,20 @@ def test_every_end_token_ends_the_text(changed: Any, run: Any, writers: list[Wri
         _, _, err = run("generate", PROMPT, "--model", directory, "--temperature", 100, "--max-tokens", 60)
         assert "60 tokens" not in err
         prompt = len(TOKENIZER.encode(PROMPT).ids)
-        *before, end = writers[-1].token_ids[prompt:]
+        *before, end = asked[-1].token_ids[prompt:]
         assert end in ends
         assert not set(before) & set(ends)
 
 
 def test_a_single_end_token_of_the_model_configuration_ends_the_text(
-    checkpoint: Path, changed: Any, run: Any, writers: list[Writer]
+    checkpoint: Path, changed: Any, run: Any, asked: list[Asked]
 ) -> None:
     arguments = ("generate", PROMPT, "--greedy", "--max-tokens", 8, "--model")
     run(*arguments, checkpoint)
-    end = writers[0].token_ids[-1]
-    first = writers[0].token_ids.index(end, len(TOKENIZER.encode(PROMPT).ids))
+    end = asked[0].token_ids[-1]
+    first = asked[0].token_ids.index(end, len(TOKENIZER.encode(PROMPT).ids))
     run(*arguments, changed("config.json", eos_token_id=end))
-    assert writers[1].token_ids == writers[0].token_ids[: first + 1]
+    assert asked[1].token_ids == asked[0].token_ids[: first + 1]
 
 
 @pytest.mark.parametrize(
@@ -231,37 +243,39 @@ def test_a_stop_string_ends_the_text_before_it(checkpoint: Path, run: Any) -> No
     assert run(*command, "--stop", "\x00never", "--stop", stop)[1][:-1] == whole[: whole.index(stop)]
 
 
-def test_the_text_ends_where_the_context_does(checkpoint: Path, run: Any, writers: list[Writer]) -> None:
+def test_the_text_ends_where_the_context_does(checkpoint: Path, run: Any, asked: list[Asked]) -> None:
     assert run("generate", "a " * 240, "--model", checkpoint, "--max-tokens", 1000)[0] == 0
-    assert len(writers[0].token_ids) == CONTEXT
+    assert len(asked[0].token_ids) == CONTEXT
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": CONTEXT}
 
 
-def test_the_published_recipe_for_long_texts_lengthens_the_context(
-    changed: Any, run: Any, writers: list[Writer]
-) -> None:
+def test_the_published_recipe_for_long_texts_lengthens_the_context(changed: Any, run: Any, asked: list[Asked]) -> None:
     directory = changed("config.json", rope_scaling=YARN, rope_parameters=None)
     assert run("generate", "a " * CONTEXT, "--model", directory, "--max-tokens", 3)[0] == 0
-    assert len(writers[0].token_ids) == len(TOKENIZER.encode("a " * CONTEXT).ids) + 3
+    assert len(asked[0].token_ids) == len(TOKENIZER.encode("a " * CONTEXT).ids) + 3
     assert f"{4 * CONTEXT:,} tokens" in run("info", "--model", directory)[1]
 
 
 def test_sampling_defaults_are_those_of_the_generation_configuration(
-    changed: Any, run: Any, writers: list[Writer]
+    changed: Any, run: Any, asked: list[Asked]
 ) -> None:
     stored = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1}
     directory = changed("generation_config.json", **stored)
     run("generate", PROMPT, "--model", directory, "--max-tokens", 1, "--top-p", 0.9)
-    assert writers[0].sampling == Sampling(temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.1)
+    settings = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1}
+    assert asked[0].params == SamplingParams(**settings, max_tokens=1)
 
 
 def test_a_model_whose_configuration_does_not_sample_is_greedy_until_it_is_asked_to() -> None:
-    assert SamplingOptions().resolve({}) == Sampling(temperature=0)
-    assert SamplingOptions(top_k=5).resolve({}) == Sampling(top_k=5)
-    assert SamplingOptions(temperature=0).resolve({"do_sample": True, "top_k": 9}) == Sampling(temperature=0)
-    assert SamplingOptions(repetition_penalty=1.2).resolve({}) == Sampling(temperature=0, repetition_penalty=1.2)
+    assert SamplingOptions().changes({}) == {}
+    assert SamplingOptions(top_k=5).changes({}) == {"temperature": 1, "top_k": 5}
+    assert SamplingOptions(top_k=5).changes({"do_sample": True, "temperature": 0.7}) == {"top_k": 5}
+    assert SamplingOptions(top_k=5).changes({"temperature": 0.7}) == {"temperature": 0.7, "top_k": 5}
+    assert SamplingOptions(temperature=0).changes({"do_sample": True, "top_k": 9}) == {"temperature": 0}
+    assert SamplingOptions(greedy=True).changes({"do_sample": True}) == {"temperature": 0}
+    assert SamplingOptions(repetition_penalty=1.2).changes({}) == {"repetition_penalty": 1.2}
 
 
 @settings(max_examples=100, deadline=None)
@@ -307,15 +321,15 @@ def test_pieces_end_at_the_first_stop_string_wherever_they_are_cut(pieces: list[
 
 
 def test_a_conversation_is_what_the_template_renders_and_is_read_once(
-    checkpoint: Path, run: Any, type_in: Any, writers: list[Writer], tokens_read: list[int]
+    checkpoint: Path, run: Any, type_in: Any, asked: list[Asked], tokens_read: list[int]
 ) -> None:
     type_in("Hello\n\nAnd you?\nWhy?\n/exit\nnever read\n")
     code, out, err = run("chat", "--model", checkpoint, "--system", "Be brief.", "--greedy", "--max-tokens", 6)
     assert code == 0
     assert err.count("tokens/s") == 3
     assert out.count("\n") >= 3
-    (writer,) = writers
-    text = TOKENIZER.decode(writer.token_ids, skip_special_tokens=False)
+    assert len(asked) == 3
+    text = TOKENIZER.decode(asked[-1].token_ids, skip_special_tokens=False)
     blocks = text.split("<|im_start|>assistant\n")
     answers = [block.partition("<|im_end|>\n<|im_start|>user")[0] for block in blocks[1:-1]]
     turns = [("system", "Be brief."), ("user", "Hello"), ("assistant", answers[0]), ("user", "And you?")]
@@ -323,14 +337,16 @@ def test_a_conversation_is_what_the_template_renders_and_is_read_once(
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     messages = [{"role": role, "content": content} for role, content in turns]
     assert text.startswith(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    assert sum(tokens_read) == len(writer.token_ids) - 1  # all but the last one, and none of them twice
+    assert sum(tokens_read) == len(asked[-1].token_ids) - 1  # all but the last one, and none of them twice
 
 
-def test_an_answer_that_ended_by_itself_is_closed_once(changed: Any, run: Any, type_in: Any, writers: Any) -> None:
+def test_an_answer_that_ended_by_itself_is_closed_once(
+    changed: Any, run: Any, type_in: Any, asked: list[Asked]
+) -> None:
     directory = changed("generation_config.json", eos_token_id=list(range(KNOWN)))  # whatever comes ends the answer
     type_in("Hello\nAnd you?\n")
     assert run("chat", "--model", directory, "--max-tokens", 6)[0] == 0
-    text = TOKENIZER.decode(writers[0].token_ids[:-1], skip_special_tokens=False)
+    text = TOKENIZER.decode(asked[1].token_ids[:-1], skip_special_tokens=False)
     assert text == (
         "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
         "<|im_start|>user\nAnd you?<|im_end|>\n<|im_start|>assistant\n"
@@ -338,12 +354,12 @@ def test_an_answer_that_ended_by_itself_is_closed_once(changed: Any, run: Any, t
 
 
 def test_reset_forgets_every_turn_but_not_the_system_prompt(
-    checkpoint: Path, run: Any, type_in: Any, writers: list[Writer]
+    checkpoint: Path, run: Any, type_in: Any, asked: list[Asked]
 ) -> None:
     type_in("Hello\n/reset\nHello\n")
     assert run("chat", "--model", checkpoint, "--system", "S", "--greedy", "--max-tokens", 4)[0] == 0
-    assert len(writers) == 2
-    assert writers[0].token_ids == writers[1].token_ids
+    assert len(asked) == 2
+    assert asked[0].token_ids == asked[1].token_ids
 
 
 def test_a_turn_over_the_context_is_one_line(checkpoint: Path, run: Any, type_in: Any) -> None:
@@ -352,7 +368,7 @@ def test_a_turn_over_the_context_is_one_line(checkpoint: Path, run: Any, type_in
     *_, complaint = err.splitlines()
     assert code == 2
     assert "/reset" in complaint
-    assert str(CONTEXT) in complaint
+    assert str(CONTEXT - 1) in complaint
 
 
 def test_a_model_without_a_chat_template_cannot_chat(changed: Any, run: Any, type_in: Any) -> None:
@@ -530,13 +546,13 @@ def _not_installed(package: str) -> str:
         (("generate", "x", "--temperature", "-1"), "temperature"),
         (("generate", "x", "--greedy", "--top-k", "5"), "--top-k"),
         (("generate", "x", "--temperature", "0", "--min-p", "0.1"), "--min-p"),
-        (("generate", "x", "--stop", ""), "--stop"),
+        (("generate", "x", "--stop", ""), "stop"),
         (("generate", "x", "--max-tokens", "0"), "--max-tokens"),
         (("generate", "x", "--max-tokens", "many"), "--max-tokens"),
         (("generate", "x", "--colour"), "--colour"),
         (("generate",), "prompt"),
-        (("generate", ""), "empty"),
-        (("generate", "a " * 300), "256"),
+        (("generate", ""), "at least one token"),
+        (("generate", "a " * 300), "255"),
         (("generate", "\ud800"), "UTF-8"),
         (("dance",), "dance"),
         (("train", "nowhere.toml"), "nowhere.toml"),
@@ -598,17 +614,17 @@ def test_token_ids_beyond_the_model_are_one_line(tmp_path: Path, run: Any) -> No
     shutil.copy(ASSETS / "tokenizer.json", tmp_path)
     code, _, err = run("generate", PROMPT, "--model", tmp_path)
     assert (code, err.count("\n")) == (2, 1)
-    assert "vocab_size 200" in err
+    assert "0 to 199" in err
 
 
 def test_a_full_device_is_one_line(checkpoint: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr(BareCausalLM, "forward", full)
+    monkeypatch.setattr(Runner, "run", full)
     code, _, err = run("generate", PROMPT, "--model", checkpoint)
     assert (code, err.count("\n")) == (2, 1)
-    assert "do not fit the memory of" in err
+    assert "does not fit the memory of" in err
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -753,3 +769,21 @@ def test_info_shows_the_shipped_model(run: Any) -> None:
     code, out, _ = run("info")
     assert code == 0
     assert "the model in the box" in out
+
+
+def test_bench_measures_each_number_of_streams(checkpoint: Path, run: Any, tokens_read: list[int]) -> None:
+    sizes = ("--prompt-tokens", 9, "--output-tokens", 4, "--rounds", 3)
+    code, out, _ = run("bench", "--model", checkpoint, "--streams", 1, "--streams", 2, *sizes)
+    assert code == 0
+    rows = [line.split("│") for line in out.splitlines() if "│" in line]
+    assert [row[0].strip() for row in rows] == ["1", "2"]
+    for row in rows:
+        assert all(float(cell.replace(",", "")) >= 0 for cell in row[1:])
+    # A round to warm up and three to measure, each request reading its prompt and all but the last token of its answer.
+    assert sum(tokens_read) == (1 + 2) * 4 * (9 + 3)
+
+
+def test_bench_refuses_what_does_not_fit_the_context(checkpoint: Path, run: Any) -> None:
+    code, _, err = run("bench", "--model", checkpoint, "--prompt-tokens", CONTEXT, "--output-tokens", 2)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"Allowed: {CONTEXT}" in err

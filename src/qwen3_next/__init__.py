@@ -14,6 +14,7 @@ from qwen3_next.errors import (
     BackendError,
     CheckpointError,
     ConfigError,
+    EngineError,
     InputError,
     Qwen3NextError,
     TrainingError,
@@ -22,7 +23,7 @@ from qwen3_next.errors import (
 if TYPE_CHECKING:
     from qwen3_next.auto import register
     from qwen3_next.config import Qwen3NextConfig
-    from qwen3_next.engine import LLM, Engine, EngineConfig, SamplingParams
+    from qwen3_next.engine import LLM, AsyncEngine, Engine, EngineConfig, SamplingParams
     from qwen3_next.model import (
         Qwen3NextForCausalLM,
         Qwen3NextForQuestionAnswering,
@@ -36,11 +37,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncEngine",
     "BackendError",
     "CheckpointError",
     "ConfigError",
     "Engine",
     "EngineConfig",
+    "EngineError",
     "InputError",
     "Qwen3NextConfig",
     "Qwen3NextError",
@@ -60,7 +63,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    engine = dict.fromkeys(("LLM", "Engine", "EngineConfig", "SamplingParams"), "engine")
+    engine = dict.fromkeys(("LLM", "AsyncEngine", "Engine", "EngineConfig", "SamplingParams"), "engine")
     module = {"register": "auto", "Qwen3NextConfig": "config", **engine}.get(name, "model")
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 

@@ -1,4 +1,4 @@
-"""The command line: `qwen3-next generate | chat | batch | train | info | doctor`.
+"""The command line: `qwen3-next generate | chat | batch | bench | train | info | doctor`.
 
 torch is imported inside the commands, so that `--help` answers at once. Whatever goes wrong on purpose
 (`Qwen3NextError`, a wrong option) is one line on stderr and exit code 2; Ctrl-C is exit code 130, and 1 is for an
@@ -7,9 +7,7 @@ operation that computes something else than it should.
 
 import gc
 import sys
-import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -20,7 +18,7 @@ from rich.text import Text
 from qwen3_next.errors import BackendError, InputError, Qwen3NextError
 
 if TYPE_CHECKING:
-    from qwen3_next.cli_text import Speed
+    from qwen3_next.engine import LLM
 
 RED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
@@ -28,7 +26,7 @@ RED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
-    help="Qwen3-Next: write text, talk, answer files of prompts, train; what a model needs, what this machine does.",
+    help="Qwen3-Next: write text, talk, answer files of prompts, measure, train; what models need and machines do.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -70,11 +68,9 @@ def generate(
     device: Device = "auto",
 ) -> None:
     """Continue a text. Options of sampling default to the model's generation_config.json."""
-    from qwen3_next.cli_text import SamplingOptions, Writer
-    from qwen3_next.engine.loading import find_model, load_model
+    from qwen3_next.cli_text import SamplingOptions, write
 
     text = _stdin().removesuffix("\n") if prompt == "-" else prompt
-    loaded = load_model(find_model(model), dtype, device)
     options = SamplingOptions(
         greedy=greedy,
         temperature=temperature,
@@ -83,13 +79,10 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    writer = Writer(loaded, options.resolve(loaded.generation), seed)
-    writer.read(text)
-    pieces = writer.write(max_tokens, stop or [])
-    if sys.stdout.isatty():
-        Console().print(Text(text, "dim"), end="", soft_wrap=True)
-    with _reported(writer.speed):
-        _stream(pieces)
+    llm = _llm(model, dtype, device, sequences=1)
+    changes = options.changes(llm.engine.loaded.generation)
+    params = llm.default_params(**changes, seed=seed, max_tokens=max_tokens, stop=tuple(stop or ()))
+    write(llm.stream(text, params), text)
 
 
 @app.command()
@@ -109,10 +102,8 @@ def chat(
 ) -> None:
     """Talk with the model, a line a turn; /reset begins anew, /exit or the end of the input ends."""
     from qwen3_next.cli_chat import Conversation
-    from qwen3_next.cli_text import SamplingOptions
-    from qwen3_next.engine.loading import find_model, load_model
+    from qwen3_next.cli_text import SamplingOptions, write
 
-    loaded = load_model(find_model(model), dtype, device)
     options = SamplingOptions(
         greedy=greedy,
         temperature=temperature,
@@ -121,20 +112,19 @@ def chat(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    conversation = Conversation(loaded, options.resolve(loaded.generation), seed, system)
+    llm = _llm(model, dtype, device, sequences=1)
+    changes = options.changes(llm.engine.loaded.generation)
+    conversation = Conversation(llm, llm.default_params(**changes, seed=seed, max_tokens=max_tokens), system)
     for line in _turns():
         if line == "/reset":
             conversation.reset()
             continue
         try:
-            pieces = conversation.ask(line, max_tokens)
+            write(conversation.ask(line))
         except InputError as error:
             if not sys.stdin.isatty():
                 raise
             _complain(error)  # whoever sits there may shorten the turn, or begin anew
-            continue
-        with _reported(conversation.speed):
-            _stream(pieces)
 
 
 @app.command()
@@ -155,22 +145,42 @@ def batch(
     device: Device = "auto",
 ) -> None:
     """Answer a file of prompts, many at a time; the same command goes on after an interruption."""
-    from qwen3_next.engine import LLM, EngineConfig
+    from qwen3_next.cli_text import SamplingOptions
     from qwen3_next.engine.offline import answer_file
 
-    given = {
-        "temperature": 0 if greedy else temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "max_tokens": max_tokens,
-    }
-    llm = LLM(model, dtype=dtype, device=device, config=EngineConfig(max_sequences=sequences))
-    defaults = {name: value for name, value in given.items() if value is not None}
+    options = SamplingOptions(
+        greedy=greedy,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
+    llm = _llm(model, dtype, device, sequences)
+    defaults = options.changes(llm.engine.loaded.generation) | {"seed": seed, "max_tokens": max_tokens}
     count = answer_file(llm, prompts, answers, defaults, progress=sys.stderr.isatty())
     Console(soft_wrap=True, highlight=False).print(f"{count:,} prompts answered into {answers}")
+
+
+@app.command()
+def bench(
+    model: ModelName = None,
+    streams: Annotated[list[int] | None, typer.Option(min=1, help="Requests at a time; may be given again.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, drawn at random.")] = 512,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Requests of each stream, one after the other.")] = 2,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Measure the engine: tokens per second while prompts are read and after, and the wait for the first token."""
+    from qwen3_next import cli_bench
+
+    loads = [
+        cli_bench.Load(streams=count, prompt_tokens=prompt_tokens, output_tokens=output_tokens, rounds=rounds)
+        for count in streams or (1, 8)
+    ]
+    llm = _llm(model, dtype, device, max(load.streams for load in loads), prompt_tokens + output_tokens)
+    Console().print(cli_bench.bench(llm, loads, model or "the model in the box"))
 
 
 @app.command()
@@ -242,30 +252,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _stream(pieces: Iterator[str]) -> None:
-    """Write each piece as it comes; whatever happens, what was written stays and the line is ended."""
-    try:
-        for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    finally:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+def _llm(model: str | None, dtype: str, device: str, sequences: int, max_context: int | None = None) -> "LLM":
+    from qwen3_next.engine import LLM, EngineConfig
 
-
-@contextmanager
-def _reported(speed: "Speed") -> Generator[None]:
-    """Say on stderr how fast the text came, also where it was interrupted."""
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        if speed.tokens:
-            line = (
-                f"{speed.prompt_tokens} prompt tokens, first token after {speed.first - started:.2f} s; "
-                f"{speed.tokens} tokens, {speed.tokens_per_second:.1f} tokens/s"
-            )
-            Console(stderr=True, highlight=False).print(Text(line, "dim"), soft_wrap=True)
+    config = EngineConfig(max_sequences=sequences, max_context=max_context)
+    llm = LLM(model, dtype=dtype, device=device, config=config)
+    gc.enable()  # see `main`; what follows may take hours
+    return llm
 
 
 def _turns() -> Iterator[str]:

@@ -1,16 +1,9 @@
-"""A conversation that reads each turn once."""
+"""A conversation of which nothing is read twice."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Generator
 
-from transformers import PreTrainedTokenizerFast
-
-from qwen3_next.cli_text import Speed, Writer
-from qwen3_next.errors import CheckpointError
-from qwen3_next.ops.sampling import Sampling
-
-if TYPE_CHECKING:
-    from qwen3_next.engine.loading import LoadedModel
+from qwen3_next.engine import LLM, SamplingParams, StreamUpdate
+from qwen3_next.errors import CapacityError, CheckpointError
 
 _ANSWER = "\ue000"  # of the private use area: stands for an answer where only what follows it is wanted
 
@@ -18,57 +11,49 @@ _ANSWER = "\ue000"  # of the private use area: stands for an answer where only w
 class Conversation:
     """Turns of a user and the model, in the chat template of its tokenizer.
 
-    The text of the earlier turns stays as the model read and wrote it, a chain of thought included, so that its cache
-    can be continued.
+    The tokens of the earlier turns stay as the model read and wrote them, a chain of thought included, so that it goes
+    on from the prefix cache.
 
     Raises:
         CheckpointError: the tokenizer has no chat template, or one that is broken, refuses or leaves answers out.
     """
 
-    def __init__(self, loaded: "LoadedModel", sampling: Sampling, seed: int | None, system: str | None) -> None:
-        if loaded.chat_template is None:
-            raise CheckpointError("the model's tokenizer has no chat template; use `qwen3-next generate`.")
-        self.loaded, self.sampling, self.seed, self.system = loaded, sampling, seed, system
-        self.renderer = PreTrainedTokenizerFast(tokenizer_object=loaded.tokenizer, chat_template=loaded.chat_template)
-        self.reset()
+    def __init__(self, llm: LLM, params: SamplingParams, system: str | None) -> None:
+        llm.renderer  # noqa: B018 - raises where there is no template, before the first turn
+        self.llm, self.params, self.system = llm, params, system
+        self.token_ids: list[int] = []
 
     def reset(self) -> None:
         """Forget every turn."""
-        self.writer = Writer(self.loaded, self.sampling, self.seed)
+        self.token_ids = []
 
-    @property
-    def speed(self) -> Speed:
-        """Of the last answer."""
-        return self.writer.speed
-
-    def ask(self, text: str, max_tokens: int) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[StreamUpdate]:
         """Yield the answer to the next turn, in pieces.
 
         Raises:
-            InputError: the turn does not fit the context.
+            CapacityError: the turn does not fit the context.
         """
-        first = not self.writer.token_ids
-        # The token that ended the last answer was never read; the template closes the turn with its own.
-        self.writer.drop_unread_end()
-        self.writer.read(self._first_turn(text) if first else self._next_turn(text))
-        return self.writer.write(max_tokens)
+        turn = self._next_turn(text) if self.token_ids else self._first_turn(text)
+        prompt, answer = [*self.token_ids, *self.llm.encoded(turn)], list[int]()
+        try:
+            for update in self.llm.stream(prompt, self.params):
+                answer += update.token_ids
+                yield update
+        except CapacityError as error:
+            raise CapacityError(f"{error} Or begin anew with /reset.") from error
+        # The token that ends an answer was never read; the template closes the turn with its own.
+        if answer and answer[-1] in self.llm.engine.loaded.eos_ids:
+            answer.pop()
+        self.token_ids = prompt + answer
 
     def _first_turn(self, text: str) -> str:
         system = [{"role": "system", "content": self.system}] if self.system is not None else []
-        return self._render([*system, {"role": "user", "content": text}])
+        return self.llm.render([*system, {"role": "user", "content": text}])
 
     def _next_turn(self, text: str) -> str:
         """What the template writes from the end of an answer to the beginning of the next."""
         turns = [("user", ""), ("assistant", _ANSWER), ("user", text)]
-        rendered = self._render([{"role": role, "content": content} for role, content in turns])
+        rendered = self.llm.render([{"role": role, "content": content} for role, content in turns])
         if _ANSWER not in rendered:
             raise CheckpointError("the model's chat template leaves the answer out, so no turn can follow it.")
         return rendered.partition(_ANSWER)[2]
-
-    def _render(self, messages: list[dict[str, str]]) -> str:
-        try:
-            return str(self.renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # a template is a program: it may be no Jinja, or raise whatever it likes
-            raise CheckpointError(
-                f"the model's chat template cannot render the turns ({error}); correct it, or use `generate`."
-            ) from error

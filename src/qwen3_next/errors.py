@@ -7,6 +7,8 @@
     ├── InputError       ValueError   the arguments of one call do not fit the model or each other
     │   └── CapacityError             a request, or a scheduler, that the engine's memory can never hold
     ├── BackendError     RuntimeError the requested kernels or device cannot run here
+    ├── EngineError      RuntimeError the engine failed or is closed, through no fault of the request
+    │   └── OverloadedError           too many requests wait already; try again later
     └── TrainingError    RuntimeError a training run cannot start or go on
         ├── DataError                 the training data is missing, empty or malformed
         ├── DivergedError             the loss or the gradients stopped being finite
@@ -23,7 +25,9 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DivergedError",
+    "EngineError",
     "InputError",
+    "OverloadedError",
     "Qwen3NextError",
     "StorageError",
     "TrainingError",
@@ -55,6 +59,14 @@ class CapacityError(InputError):
 
 class BackendError(Qwen3NextError, RuntimeError):
     """The requested kernels or device cannot run on this machine."""
+
+
+class EngineError(Qwen3NextError, RuntimeError):
+    """The engine failed in the middle of a call, or is closed; the same request may work another time."""
+
+
+class OverloadedError(EngineError):
+    """As many requests wait as the engine lets wait; none of them is affected, and this one was not begun."""
 
 
 class TrainingError(Qwen3NextError, RuntimeError):

@@ -1,8 +1,9 @@
 """The engine: prompts in, text out."""
 
+from qwen3_next.engine.async_engine import AsyncEngine, AsyncFigures
 from qwen3_next.engine.config import EngineConfig
 from qwen3_next.engine.engine import Engine, Output
-from qwen3_next.engine.llm import LLM, Completion
+from qwen3_next.engine.llm import LLM, Completion, StreamUpdate
 from qwen3_next.engine.memory import Copy, Memory, MemoryFigures
 from qwen3_next.engine.plan import Plan, ScheduledSequence, SequenceResult, SnapshotOrder
 from qwen3_next.engine.prefix_cache import MatchEnd
@@ -12,6 +13,8 @@ from qwen3_next.engine.scheduler_config import SchedulerConfig, SchedulerFigures
 
 __all__ = [
     "LLM",
+    "AsyncEngine",
+    "AsyncFigures",
     "Completion",
     "Copy",
     "Engine",
@@ -32,5 +35,6 @@ __all__ = [
     "SequenceResult",
     "SnapshotOrder",
     "Status",
+    "StreamUpdate",
     "Structured",
 ]

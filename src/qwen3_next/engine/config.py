@@ -53,10 +53,10 @@ class EngineConfig:
         page_bytes, slot_bytes = sizes(config, dtype)
         room = _free_bytes(device) if self.memory_bytes is None else self.memory_bytes
         # A slot for each sequence and one for a state that others can go on from; one is reserved.
-        slots = min(2 * self.max_sequences + 1, int(room * SHARE_OF_SLOTS) // slot_bytes)
+        slots = min(2 * self.max_sequences + 1, int(room * SHARE_OF_SLOTS) // max(slot_bytes, 1))
         longest = config.context_length() if self.max_context is None else self.max_context
         wanted = self.max_sequences * -(-longest // PAGE) + 2
-        pages = min(wanted, (room - max(slots, 0) * slot_bytes) // page_bytes)
+        pages = min(wanted, (room - max(slots, 0) * slot_bytes) // max(page_bytes, 1))
         if slots < 3 or pages < 3:
             raise CapacityError(
                 f"{room / 2**20:.0f} MiB for keys, values and states hold no sequence. Allowed: at least "

@@ -98,6 +98,13 @@ class Engine:
         """End a request; the next step reports it. False: it has ended already."""
         return self.scheduler.abort(request_id)
 
+    def reset(self) -> list[Output]:
+        """After a step that was cut short: take back what was planned, end every request, and report that."""
+        self.scheduler.withdraw_all()
+        for name in self._streams:
+            self.scheduler.abort(name)
+        return self.step()
+
     @property
     def has_work(self) -> bool:
         """Whether a request has not ended, or its end was not reported."""

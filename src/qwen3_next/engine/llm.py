@@ -1,7 +1,8 @@
 """Prompts in, texts out, all at once: the engine for programs that have their prompts together."""
 
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -10,7 +11,7 @@ from rich.progress import Progress
 from qwen3_next.engine.config import EngineConfig
 from qwen3_next.engine.engine import Engine, Output
 from qwen3_next.engine.loading import find_model, load_model
-from qwen3_next.engine.request import FinishReason, Request, SamplingParams
+from qwen3_next.engine.request import FinishReason, Request, RequestOutput, SamplingParams
 from qwen3_next.engine.sampler import Drawn
 from qwen3_next.errors import CheckpointError, InputError, Qwen3NextError
 from qwen3_next.model.quantize import quantize_
@@ -42,33 +43,98 @@ class Completion:
     cached_tokens: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class StreamUpdate:
+    """What is new of an answer since the update before.
+
+    Attributes:
+        sample: which of the `params.n` answers.
+        text: whole characters, nothing of a stop string; may be empty while one is incomplete.
+        finish: why it ended; None while it goes on.
+        error: with `FinishReason.ERROR`, what went wrong with this request.
+        logprobs: of each new token, where they were asked for.
+        prompt_logprobs: of each token of the prompt, where they were asked for; all of them in one update, the first.
+        cached_tokens: of the prompt, how many an earlier prompt had brought.
+        output_tokens: of the answer so far.
+    """
+
+    sample: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish: FinishReason | None
+    error: Qwen3NextError | None
+    logprobs: tuple[Drawn, ...] | None
+    prompt_logprobs: tuple[Drawn, ...] | None
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+
+
 @dataclass(eq=False)
-class _Growing:
-    params: SamplingParams
+class Growing:
+    """An answer as it comes: what nobody has taken yet, and the newest state."""
+
+    request: Request
     text: str = ""
     token_ids: list[int] = field(default_factory=list[int])
     logprobs: list[Drawn] = field(default_factory=list[Drawn])
     prompt_logprobs: list[Drawn] = field(default_factory=list[Drawn])
+    state: RequestOutput | None = None
 
-    def take(self, output: Output) -> Completion | None:
-        """The completion, where this was its last output."""
-        state = output.state
+    def add(self, output: Output) -> None:
+        """One step more."""
+        self.state = output.state
         self.text += output.text
-        self.token_ids += state.tokens
+        self.token_ids += output.state.tokens
         self.logprobs += output.logprobs
         self.prompt_logprobs += output.prompt_logprobs
-        if state.finish is None:
-            return None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more comes."""
+        return self.state is not None and self.state.finish is not None
+
+    def completion(self) -> Completion:
+        """The whole, once it has ended, if no update was taken."""
+        state = self.state
+        assert state is not None
+        assert state.finish is not None, "it has not ended"
         return Completion(
             text=self.text,
             token_ids=tuple(self.token_ids),
             finish=state.finish,
             error=state.error,
-            logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
-            prompt_logprobs=None if self.params.prompt_logprobs is None else tuple(self.prompt_logprobs),
+            logprobs=self._logprobs(),
+            prompt_logprobs=self._prompt_logprobs(),
             prompt_tokens=state.prompt_tokens,
             cached_tokens=state.cached_tokens,
         )
+
+    def take(self) -> StreamUpdate | None:
+        """What has come since the last time; None: nothing."""
+        state = self.state
+        if state is None or not (self.text or self.token_ids or state.finish):
+            return None
+        update = StreamUpdate(
+            sample=self.request.sample,
+            text=self.text,
+            token_ids=tuple(self.token_ids),
+            finish=state.finish,
+            error=state.error,
+            logprobs=self._logprobs(),
+            prompt_logprobs=self._prompt_logprobs(),
+            prompt_tokens=state.prompt_tokens,
+            cached_tokens=state.cached_tokens,
+            output_tokens=state.output_tokens,
+        )
+        self.text, self.token_ids, self.logprobs, self.prompt_logprobs = "", [], [], []
+        return update
+
+    def _logprobs(self) -> tuple[Drawn, ...] | None:
+        return tuple(self.logprobs) if self.request.params.logprobs is not None else None
+
+    def _prompt_logprobs(self) -> tuple[Drawn, ...] | None:
+        return tuple(self.prompt_logprobs) if self.request.params.prompt_logprobs is not None else None
 
 
 class LLM:
@@ -108,6 +174,7 @@ class LLM:
             quantize_(loaded.model)
         self.engine = Engine(loaded, config)
         self._numbers = itertools.count()
+        self._growing: dict[str, Growing] = {}
 
     def generate(
         self,
@@ -131,9 +198,32 @@ class LLM:
         each = [chosen] * len(several) if isinstance(chosen, SamplingParams) else list(chosen)
         if len(each) != len(several):
             raise InputError(f"{len(several)} prompts came with {len(each)} parameters. Give one, or one for each.")
-        groups = [self._requests(prompt, one) for prompt, one in zip(several, each, strict=True)]
-        finished = self._run([request for group in groups for request in group], progress)
-        return [tuple(finished[request.request_id] for request in group) for group in groups]
+        requests = [self.requests(prompt, one) for prompt, one in zip(several, each, strict=True)]
+        try:
+            groups = [[self._begin(request) for request in group] for group in requests]
+            self._finish({request.request_id for group in requests for request in group}, progress)
+            return [tuple(growing.completion() for growing in group) for group in groups]
+        finally:
+            self._leave(request.request_id for group in requests for request in group)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[StreamUpdate]:
+        """Continue a prompt piece by piece; with `params.n` answers their pieces take turns.
+
+        Leaving the iterator ends the request.
+
+        Raises:
+            InputError, CapacityError: the prompt or the parameters cannot be served.
+        """
+        requests = self.requests(prompt, self.default_params() if params is None else params)
+        try:
+            open_ = [self._begin(request) for request in requests]
+            while open_:
+                self._advance()
+                updates = [update for growing in open_ if (update := growing.take())]
+                open_ = [growing for growing in open_ if not growing.has_ended]
+                yield from updates
+        finally:
+            self._leave(request.request_id for request in requests)
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, progress: bool = False
@@ -149,18 +239,30 @@ class LLM:
         return self.generate(self.render(messages), params, progress=progress)[0][0]
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The text that a conversation is to the model."""
+        """The text that a conversation is to the model.
+
+        Raises:
+            CheckpointError: the model has no chat template, or one that cannot render the messages.
+        """
+        renderer, turns = self.renderer, [dict(message) for message in messages]
+        try:
+            return str(renderer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template is a program: it may be no Jinja, or raise whatever it likes
+            raise CheckpointError(f"the model's chat template cannot render the messages ({error}).") from error
+
+    @functools.cached_property
+    def renderer(self) -> Any:
+        """The tokenizer with its chat template, as transformers has it.
+
+        Raises:
+            CheckpointError: the model has none.
+        """
         loaded = self.engine.loaded
         if loaded.chat_template is None:
             raise CheckpointError("the model's tokenizer has no chat template; use `generate` with a text.")
         from transformers import PreTrainedTokenizerFast  # takes longer to import than the engine to start
 
-        renderer = PreTrainedTokenizerFast(tokenizer_object=loaded.tokenizer, chat_template=loaded.chat_template)
-        turns = [dict(message) for message in messages]
-        try:
-            return str(renderer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # a template is a program: it may be no Jinja, or raise whatever it likes
-            raise CheckpointError(f"the model's chat template cannot render the messages ({error}).") from error
+        return PreTrainedTokenizerFast(tokenizer_object=loaded.tokenizer, chat_template=loaded.chat_template)
 
     def default_params(self, **changes: Any) -> SamplingParams:
         """The settings of generation_config.json, some of them changed.
@@ -175,12 +277,25 @@ class LLM:
             values["temperature"] = 0
         return SamplingParams(**(values | changes))
 
-    def _requests(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
-        ids = self._encoded(prompt) if isinstance(prompt, str) else prompt
-        name = f"request-{next(self._numbers)}"
+    def requests(self, prompt: Prompt, params: SamplingParams, name: str | None = None) -> list[Request]:
+        """One request for each of `params.n` samples.
+
+        Args:
+            name: of the only one; samples of several add their number to it. None for one that is new to this object.
+
+        Raises:
+            InputError: the prompt is empty or no Unicode.
+        """
+        ids = self.encoded(prompt) if isinstance(prompt, str) else prompt
+        name = f"request-{next(self._numbers)}" if name is None else name
         return Request(request_id=name, prompt=tuple(int(token) for token in ids), params=params).samples()
 
-    def _encoded(self, text: str) -> list[int]:
+    def encoded(self, text: str) -> list[int]:
+        """The tokens of a text.
+
+        Raises:
+            InputError: it is no Unicode.
+        """
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -195,58 +310,59 @@ class LLM:
         Prompts are taken only as the engine has room: at most `ahead` are in it. A prompt that cannot be served gives
         the error instead.
         """
-        waiting, growing = iter(prompts), dict[str, tuple[Key, _Growing]]()
+        waiting, open_ = iter(prompts), dict[str, tuple[Key, Growing]]()
         try:
             while True:
-                taken = list(itertools.islice(waiting, ahead - len(growing)))
+                taken = list(itertools.islice(waiting, ahead - len(open_)))
                 for key, prompt, params in taken:
-                    (request,) = self._requests(prompt, params)
+                    (request,) = self.requests(prompt, params)
                     try:
-                        self.engine.add(request)
+                        open_[request.request_id] = key, self._begin(request)
                     except InputError as error:
                         yield key, error
-                        continue
-                    growing[request.request_id] = key, _Growing(params)
-                if not growing and not taken:
+                if not open_ and not taken:
                     return
-                for output in self.engine.step():
-                    key, one = growing[output.state.request_id]
-                    completion = one.take(output)
-                    if completion is not None:
-                        del growing[output.state.request_id]
-                        yield key, completion
+                self._advance()
+                for name, (key, growing) in list(open_.items()):
+                    if growing.has_ended:
+                        del open_[name]
+                        yield key, growing.completion()
         finally:
-            self._abandon(growing)
+            self._leave(open_)
 
-    def _run(self, requests: Sequence[Request], progress: bool) -> dict[str, Completion]:
-        growing: dict[str, _Growing] = {}
+    def _begin(self, request: Request) -> Growing:
+        self.engine.add(request)
+        self._growing[request.request_id] = growing = Growing(request)
+        return growing
+
+    def _advance(self) -> None:
+        """One step of the engine, for every call that is open: iterators may be taken in turns."""
         try:
-            for request in requests:
-                self.engine.add(request)
-                growing[request.request_id] = _Growing(request.params)
-            return self._finish(growing, progress and len(requests) > 1)
-        except BaseException:
-            self._abandon(growing)
+            self._hand_out(self.engine.step())
+        except BaseException:  # an interruption too: it may have come in the middle of the step
+            self._hand_out(self.engine.reset())
             raise
 
-    def _abandon(self, requests: Iterable[str]) -> None:
-        """Nothing of a call that was left stays in the engine."""
-        for name in requests:
-            self.engine.abort(name)
-        while self.engine.has_work:
-            self.engine.step()
+    def _hand_out(self, outputs: Iterable[Output]) -> None:
+        for output in outputs:
+            growing = self._growing[output.state.request_id]
+            growing.add(output)
+            if growing.has_ended:
+                del self._growing[output.state.request_id]
 
-    def _finish(self, growing: dict[str, _Growing], progress: bool) -> dict[str, Completion]:
-        finished: dict[str, Completion] = {}
-        with Progress(disable=not progress, transient=True) as bar:
-            task = bar.add_task("requests", total=len(growing))
-            while len(finished) < len(growing):
-                for output in self.engine.step():
-                    completion = growing[output.state.request_id].take(output)
-                    if completion is not None:
-                        finished[output.state.request_id] = completion
-                        bar.advance(task)
-        return finished
+    def _leave(self, names: Iterable[str]) -> None:
+        """Nothing of a call that was left stays in the engine."""
+        aborted = [name for name in names if self.engine.abort(name)]
+        while any(name in self._growing for name in aborted):
+            self._advance()
+
+    def _finish(self, names: set[str], progress: bool) -> None:
+        count = len(names)
+        with Progress(disable=not progress or count == 1, transient=True) as bar:
+            task = bar.add_task("requests", total=count)
+            while names := names & self._growing.keys():
+                self._advance()
+                bar.update(task, completed=count - len(names))
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

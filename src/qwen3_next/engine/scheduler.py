@@ -127,6 +127,15 @@ class Scheduler:
             entry.request.status = Status.LEAVING
             self._leave_if_landed(entry)
 
+    def withdraw_all(self) -> None:
+        """The same for every request that owns memory, whichever calls are in flight or were committed half."""
+        self._plans.clear()
+        for entry in list(self._running):
+            entry.flights.clear()
+            entry.survives = False
+            entry.request.status = Status.LEAVING
+            self._leave_if_landed(entry)
+
     @property
     def has_work(self) -> bool:
         """Whether a request has not ended, or an end was not reported."""
