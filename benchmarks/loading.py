@@ -166,6 +166,7 @@ def measure(folder: Path, files: str, quantization: Any, device: torch.device, c
     right, size = check(model, folder), sum(each.nbytes for each in model.state_dict().values())
     del model
     weights = sorted(folder.glob("*.safetensors"))
+    evicted = weights if cold else []
     return Row(
         files=files,
         quantization=quantization,
@@ -173,10 +174,8 @@ def measure(folder: Path, files: str, quantization: Any, device: torch.device, c
         file_bytes=sum(file.stat().st_size for file in weights),
         model_bytes=size,
         host_bytes=grown,
-        seconds=seconds(load, weights if cold else ()) if right else 0.0,
-        plain_seconds=seconds(lambda: plain_read(weights, device.type == "cpu"), weights if cold else ())
-        if right
-        else 0.0,
+        seconds=seconds(load, evicted) if right else 0.0,
+        plain_seconds=seconds(lambda: plain_read(weights, is_kept=device.type == "cpu"), evicted) if right else 0.0,
     )
 
 

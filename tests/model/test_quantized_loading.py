@@ -45,12 +45,14 @@ def many_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "_GPU_PART", 2**14)
 
 
-def checkpoint(folder: Path, scale_dtype: torch.dtype | None = None, **changes: object) -> Stored:
-    """What a file in the published layout holds, all of it in bf16 or, with scales, block-fp8; and config.json."""
+def checkpoint(
+    folder: Path, scale_dtype: torch.dtype | None = None, dtype: torch.dtype = torch.bfloat16, **changes: object
+) -> Stored:
+    """What a file in the published layout holds, in `dtype` and, with scales, in block-fp8; config.json beside it."""
     model = tiny_model(int(torch.randint(2**31, ())), dtype=torch.bfloat16, **(WIDE | changes))
     stored: Stored = {}
     for name, each in unfused(model.state_dict()).items():
-        weight = each.bfloat16()
+        weight = each.to(dtype)
         stored[name] = weight
         if scale_dtype is not None and not KEPT.fullmatch(name):
             stored[name], stored[f"{name}_scale_inv"], _ = quantized(weight, scale_dtype)
@@ -91,12 +93,13 @@ def assert_same(found: Stored, expected: Stored) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("stored_in", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", [BareCausalLM, WithDrafts])
 def test_quantised_while_loading_is_quantised_after_loading(
-    tmp_path: Path, kind: type[BareCausalLM], dtype: torch.dtype, device: str
+    tmp_path: Path, kind: type[BareCausalLM], dtype: torch.dtype, stored_in: torch.dtype, device: str
 ) -> None:
-    checkpoint(tmp_path)
+    checkpoint(tmp_path, dtype=stored_in)
     after = kind.from_directory(tmp_path, config_of(tmp_path), dtype, torch.device(device), quantization="none")
     assert all(weight.dtype in (dtype, torch.float32) for weight in after.parameters())
     quantize_(after)

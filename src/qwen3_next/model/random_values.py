@@ -28,7 +28,9 @@ def fill_randomly(model: nn.Module, places: Mapping[str, Place], std: float, see
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
         for part in place.parts():
-            part.put(_drawn(module, key, torch.empty(part.weight.shape, device=device), std, generator))
+            part.put(
+                _drawn(module, key, torch.empty(part.weight.shape, dtype=torch.float32, device=device), std, generator)
+            )
 
 
 def rows_of_one_norm(rows: Float[Tensor, "*B D"], std: float) -> Float[Tensor, "*B D"]:
