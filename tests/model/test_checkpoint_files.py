@@ -10,7 +10,7 @@ import torch
 from tests.model.stored import write
 
 from qwen3_next.errors import CheckpointError
-from qwen3_next.model import lazy_tensor
+from qwen3_next.model import lazy_tensor, places
 from qwen3_next.model.checkpoint_files import read_header
 from qwen3_next.model.weights import open_checkpoint, open_directory
 
@@ -23,7 +23,8 @@ def nothing_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a tensor was made while the checkpoint was still being checked")
 
     monkeypatch.setattr(torch, "empty", refuse)
-    monkeypatch.setattr(lazy_tensor, "_allocate", refuse)
+    monkeypatch.setattr(lazy_tensor, "empty", refuse)
+    monkeypatch.setattr(places, "empty", refuse)
 
 
 def raw_file(folder: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwen3_next import Qwen3NextConfig, Qwen3NextForCausalLM
 from qwen3_next.errors import CheckpointError
-from qwen3_next.model import lazy_tensor
+from qwen3_next.model import places
 from qwen3_next.model.weights import (
     compare,
     mtp_layers_present,
@@ -65,11 +65,11 @@ def test_published_tensors_are_views_under_published_names() -> None:
     assert published[EXPERTS + "3.up_proj.weight"].untyped_storage().data_ptr() == storage
 
 
-@pytest.mark.parametrize("chunk_bytes", [64, 2**24])
+@pytest.mark.parametrize("part", [64, 2**24])
 def test_reading_in_another_dtype_casts_each_value_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
-    monkeypatch.setattr(lazy_tensor, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(places, "_CPU_PART", part)
     state = random_state()
     file = write(tmp_path, unfused(state))
     wanted = {name: torch.bfloat16 for name in state if not name.endswith(("A_log", "dt_bias"))}
@@ -86,11 +86,11 @@ def test_experts_of_mixed_dtypes_are_read_in_the_widest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("chunk_bytes", [1, 2**24])
+@pytest.mark.parametrize("part", [1, 2**24])
 def test_block_fp8_reads_as_its_plain_dequantisation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale_dtype: torch.dtype, chunk_bytes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale_dtype: torch.dtype, part: int
 ) -> None:
-    monkeypatch.setattr(lazy_tensor, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(places, "_CPU_PART", part)
     state = {
         "model.norm.weight": torch.randn(200).bfloat16(),
         "model.layers.0.self_attn.q_proj.weight": torch.randn(300, 200),

@@ -4,7 +4,7 @@ import functools
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from rich.progress import Progress
 
@@ -14,7 +14,7 @@ from qwen3_next.engine.loading import find_model, load_model
 from qwen3_next.engine.request import FinishReason, Request, RequestOutput, SamplingParams
 from qwen3_next.engine.sampler import Drawn
 from qwen3_next.errors import CheckpointError, InputError, Qwen3NextError
-from qwen3_next.model.quantize import quantize_
+from qwen3_next.model.quantize import Quantization
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, str]
@@ -151,7 +151,8 @@ class LLM:
         *,
         dtype: str = "auto",
         device: str = "auto",
-        quantization: Literal["fp8"] | None = None,
+        quantization: Quantization = "auto",
+        random_weights: bool = False,
         config: EngineConfig | None = None,
     ) -> None:
         """Load a model.
@@ -160,18 +161,17 @@ class LLM:
             model: a directory or a hub id; None for the model in the package.
             dtype: auto, bfloat16, float16 or float32.
             device: auto, cpu, cuda or cuda:N.
-            quantization: "fp8" quantises the weights as the published fp8 checkpoints do.
+            quantization: "auto" keeps the weights of a block-fp8 checkpoint so; "fp8" quantises others likewise, as
+                the published fp8 checkpoints do, while they are read; "none" dequantises.
+            random_weights: draw them where the model has only a config.json; see `load_model`.
 
         Raises:
             InputError: an unknown dtype, device or quantisation.
             CheckpointError, ConfigError: the checkpoint is missing, incomplete or not of this architecture.
             BackendError, CapacityError: the device is not there, or its memory is too small.
         """
-        if quantization not in (None, "fp8"):
-            raise InputError(f"quantization = {quantization!r} is unknown. Allowed: None or 'fp8'.")
-        loaded = load_model(find_model(model), dtype, device)
-        if quantization == "fp8":
-            quantize_(loaded.model)
+        directory = find_model(model, weights=not random_weights)
+        loaded = load_model(directory, dtype, device, quantization=quantization, random_weights=random_weights)
         self.engine = Engine(loaded, config)
         self._numbers = itertools.count()
         self._growing: dict[str, Growing] = {}

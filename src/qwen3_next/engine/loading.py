@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,15 +13,21 @@ from qwen3_next.errors import BackendError, CheckpointError, InputError
 
 if TYPE_CHECKING:
     import torch
+    from rich.progress import Progress, TaskID
     from tokenizers import Tokenizer
 
     from qwen3_next.config import Qwen3NextConfig
     from qwen3_next.model.bare import BareCausalLM
+    from qwen3_next.model.quantize import Quantization
 
 SHIPPED = Path(__file__).parent.parent / "assets"
 """The model in the package."""
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+QUANTIZATIONS = ("auto", "fp8", "none")
+
+_LONG_LOAD_BYTES = 2**32
+"""From so many on, a bar shows how much is read."""
 
 _GENERATION_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
     "do_sample": ((bool,), "true or false"),
@@ -107,11 +114,26 @@ def read_config(directory: Path) -> "Qwen3NextConfig":
     return Qwen3NextConfig.from_dict(fields)
 
 
-def load_model(directory: Path, dtype_name: str, device_name: str) -> LoadedModel:
+def load_model(
+    directory: Path,
+    dtype_name: str,
+    device_name: str,
+    *,
+    quantization: "Quantization" = "auto",
+    random_weights: bool = False,
+    progress: bool = True,
+) -> LoadedModel:
     """Load model and tokenizer onto one device.
 
+    Args:
+        quantization: "auto" keeps what the checkpoint is, "fp8" quantises while it is read, "none" dequantises.
+        random_weights: draw the weights, always the same ones, instead of reading any; config.json is enough then,
+            "auto" is what its quantization_config says, and where there is no tokenizer, that of the model in the
+            package is taken, with its chat template.
+        progress: show a bar, on the standard error, while more than a few seconds' worth is read.
+
     Raises:
-        InputError: an unknown dtype or device.
+        InputError: an unknown dtype, device or quantisation.
         BackendError: the device is not there or has not enough memory.
         CheckpointError, ConfigError: the checkpoint is missing, incomplete or not of this architecture.
     """
@@ -119,17 +141,49 @@ def load_model(directory: Path, dtype_name: str, device_name: str) -> LoadedMode
 
     from qwen3_next.model.bare import BareCausalLM
 
+    if quantization not in QUANTIZATIONS:
+        raise InputError(f"quantization = {quantization!r} is unknown. Allowed: {', '.join(QUANTIZATIONS)}.")
     device = choose_device(device_name)
     config = read_config(directory)
     dtype = choose_dtype(dtype_name, config, device)
-    tokenizer, generation = _tokenizer(directory), _generation(directory / "generation_config.json")
-    chat_template = _chat_template(directory)
+    says_fp8 = bool(_read_json(directory / "config.json").get("quantization_config"))
+    fp8 = quantization == "fp8" or (quantization == "auto" and says_fp8)
+    words = SHIPPED if random_weights and not (directory / "tokenizer.json").is_file() else directory
+    tokenizer, generation = _tokenizer(words), _generation(directory / "generation_config.json")
+    chat_template = _chat_template(words)
     try:
-        model = BareCausalLM.from_directory(directory, config, dtype, device)
+        if random_weights:
+            model = BareCausalLM.with_random_values(config, dtype, device, quantization="fp8" if fp8 else "none")
+        else:
+            with _bar(progress) as on_progress:
+                model = BareCausalLM.from_directory(
+                    directory, config, dtype, device, quantization=quantization, on_progress=on_progress
+                )
     except (torch.OutOfMemoryError, MemoryError) as error:
-        size = config.weight_bytes(dtype) / 2**30
+        size = config.weight_bytes("fp8" if fp8 else dtype) / 2**30
         raise BackendError(f"{size:.1f} GiB of weights do not fit {device}; see `qwen3-next info`.") from error
     return LoadedModel(model, config, tokenizer, generation, chat_template, device)
+
+
+@contextmanager
+def _bar(wanted: bool) -> Generator[Callable[[int, int], None], None, None]:
+    """What shows bytes read of bytes in all, once these are many."""
+    with ExitStack() as stack:
+        bars: list[tuple[Progress, TaskID]] = []
+
+        def show(done: int, total: int) -> None:
+            if not wanted or total < _LONG_LOAD_BYTES:
+                return
+            if not bars:
+                from rich.console import Console
+                from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+                columns = "loading", BarColumn(), DownloadColumn(), TransferSpeedColumn()
+                bar = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
+                bars.append((bar, bar.add_task("", total=total)))
+            bars[0][0].update(bars[0][1], completed=done)
+
+        yield show
 
 
 def choose_device(name: str) -> "torch.device":

@@ -4,7 +4,9 @@ Importing `PreTrainedModel` and `generate` takes longer than reading a small mod
 command line needs neither: it runs the layers, whose parameters have the same names, from here.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -16,10 +18,11 @@ from qwen3_next.model.cache import CachedKeys, DeltaNetState, ModelCache
 from qwen3_next.model.decoder import DecoderLayer
 from qwen3_next.model.inputs import PackedInputs
 from qwen3_next.model.layers import RMSNorm, RotaryEmbedding
-from qwen3_next.model.weights import compare, open_directory, refuse_untied_head
+from qwen3_next.model.lazy_tensor import Filling, fill
+from qwen3_next.model.quantize import Quantization, allocate_
+from qwen3_next.model.random_values import fill_randomly
+from qwen3_next.model.weights import Progress, compare, open_directory, refuse_untied_head
 from qwen3_next.ops.segments import Segments
-
-_KEPT_IN_FP32 = ("A_log", "dt_bias")
 
 
 class BareNetwork(nn.Module):
@@ -70,31 +73,80 @@ class BareCausalLM(nn.Module):
 
     @classmethod
     def from_directory(
-        cls, directory: Path, config: Qwen3NextConfig, dtype: torch.dtype, device: torch.device
+        cls,
+        directory: Path,
+        config: Qwen3NextConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        quantization: Quantization = "auto",
+        on_progress: Progress | None = None,
     ) -> "BareCausalLM":
-        """Load a local checkpoint of the published layout, straight into `dtype`; `mtp.*` stays in the files.
+        """Load a local checkpoint of the published layout, straight into its place; `mtp.*` stays in the files.
+
+        Args:
+            dtype: of all parameters that are neither block-fp8 nor decay rates.
+            quantization: "auto" keeps block-fp8 weights, bit by bit; what such a checkpoint holds of `QUANTIZED` in
+                bf16 is quantised with them. "fp8" quantises all others as well while they are read, "none" dequantises.
+            on_progress: called with the bytes read so far and in all, now and then.
 
         Raises:
             CheckpointError: the files are missing, not whole, or do not hold exactly the model that `config` describes,
                 or hold a head of its own where `config` ties it to the embedding.
+            MemoryError, torch.OutOfMemoryError: the device has too little memory.
         """
-        with torch.device("meta"):
-            model = cls(config)
-        checkpoint = open_directory(directory)
+        model, checkpoint = cls._on_meta(config), open_directory(directory)
         checkpoint.mtp_layers()  # refuses a block that is not complete
-        expected = model.state_dict()
         tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
-        shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         compare(shapes, checkpoint.in_memory_shapes(), may_miss=tied, may_exceed=("mtp.",))
         if config.tie_word_embeddings:
             refuse_untied_head(checkpoint.parameters)
-        dtypes = {name: torch.float32 if name.endswith(_KEPT_IN_FP32) else dtype for name in expected}
-        stored = checkpoint.lazy_state_dict(dtypes)
-        values = {name: stored[name].read().to(device) for name in expected if name in stored}
-        model.load_state_dict(values, strict=False, assign=True)
-        if config.tie_word_embeddings:
-            model.lm_head.weight = model.model.embed_tokens.weight
-        return model.to(device).requires_grad_(False).eval()
+        fp8 = quantization == "fp8" or (quantization == "auto" and checkpoint.is_quantized)
+        places = allocate_(model, dtype, device, fp8=fp8)
+        fillings = [Filling(checkpoint.parameters[name].pieces, place) for name, place in places.items()]
+        fill(fillings, None if on_progress is None else _counter(fillings, on_progress))
+        return model.eval()
+
+    @classmethod
+    def with_random_values(
+        cls,
+        config: Qwen3NextConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        quantization: Quantization = "auto",
+        seed: int = 0,
+    ) -> "BareCausalLM":
+        """A model of the initialisation's values, drawn where they stay: the same for a seed, kind of device and dtype.
+
+        Args:
+            quantization: "fp8" quantises them while they are drawn; "auto" and "none" do not.
+
+        Raises:
+            MemoryError, torch.OutOfMemoryError: the device has too little memory.
+        """
+        model = cls._on_meta(config)
+        places = allocate_(model, dtype, device, fp8=quantization == "fp8")
+        fill_randomly(model, places, config.initializer_range, seed)
+        return model.eval()
+
+    @classmethod
+    def _on_meta(cls, config: Qwen3NextConfig) -> "BareCausalLM":
+        with torch.device("meta"):
+            return cls(config)
+
+
+def _counter(fillings: Sequence[Filling], on_progress: Progress) -> Callable[[int], None]:
+    total, done, lock = sum(filling.nbytes for filling in fillings), 0, Lock()
+
+    def count(size: int) -> None:
+        nonlocal done
+        with lock:
+            done += size
+            on_progress(done, total)
+
+    return count
 
 
 class SequenceCache:

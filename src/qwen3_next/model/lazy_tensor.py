@@ -1,30 +1,26 @@
 """A tensor that still lies in its files: shape and dtype are known, reading waits until somebody asks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from contextvars import copy_context
 from dataclasses import dataclass
-from itertools import repeat
 from math import prod
 from pathlib import Path
+from threading import Lock
 from types import EllipsisType
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qwen3_next.errors import CheckpointError
 from qwen3_next.model.checkpoint_files import DTYPE_NAMES, StoredTensor, read_bytes
-from qwen3_next.ops.quant import FP8_BLOCK, dequantize_block_fp8
+from qwen3_next.model.places import Place, empty
+from qwen3_next.ops.quant import FP8_BLOCK
 
-_CHUNK_BYTES = 2**20
-"""What is held besides the destination where the stored dtype is not the one in memory; it stays in the cache."""
-
-_ALIGNMENT = 64
-
-_READERS, _PIECES_PER_READER = 4, 32
-"""The experts of a layer are read by several threads: one alone copies at less than a disk's or a GPU's speed."""
+_READERS, _RUN_BYTES = 8, 2**25
+"""Files are read by several threads, so much at a time: one alone copies at less than a disk's or a GPU's speed."""
 
 _Open = Callable[[Path], BinaryIO]
 
@@ -36,6 +32,11 @@ class Piece:
     weight: StoredTensor
     scale: StoredTensor | None = None
     offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """In the files."""
+        return sum(stored.end - stored.start for stored in (self.weight, self.scale) if stored is not None)
 
 
 @dataclass(frozen=True)
@@ -77,34 +78,107 @@ class LazyTensor:
         Raises:
             CheckpointError: a file has vanished or shrunk since it was opened.
         """
-        destination = _allocate(self.shape, self.dtype)
-        pieces = sorted(self.pieces, key=lambda piece: (piece.weight.file, piece.weight.start))
-        run = max(_PIECES_PER_READER, -(-len(pieces) // _READERS))
-        runs = [pieces[start : start + run] for start in range(0, len(pieces), run)]
-        try:
-            if len(runs) == 1:
-                _read_pieces(pieces, destination.view(-1))
-            else:
-                with ThreadPoolExecutor(len(runs)) as readers:
-                    list(readers.map(_read_pieces, runs, repeat(destination.view(-1))))
-        except OSError as error:
-            raise CheckpointError(f"{error.filename} cannot be read any more: {error.strerror or error}.") from error
+        destination = empty(self.shape, self.dtype, torch.device("cpu"))
+        first = self.pieces[0].weight.shape
+        rows = first[-2] if len(first) > 1 else 1
+        fill([Filling(self.pieces, Place.of(destination, None, self.dtype, rows))])
         return destination
 
 
-def _read_pieces(pieces: Sequence[Piece], flat: Tensor) -> None:
-    with ExitStack() as stack:
+@dataclass(frozen=True)
+class Filling:
+    """Stored pieces that cover a place exactly."""
+
+    pieces: tuple[Piece, ...]
+    place: Place
+
+    @property
+    def nbytes(self) -> int:
+        """In the files."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+
+def fill(fillings: Iterable[Filling], on_read: Callable[[int], None] | None = None) -> None:
+    """Read everything into its place, in the order of the files, a little by each of several threads.
+
+    Values are converted and quantised on the device of their place, and besides the places only what is under way is
+    held. All places are on one device.
+
+    Args:
+        on_read: called by the threads, with the bytes that were read since.
+
+    Raises:
+        CheckpointError: a file has vanished or shrunk since it was opened.
+    """
+    jobs = [(piece, filling.place) for filling in fillings for piece in filling.pieces]
+    jobs.sort(key=lambda job: (job[0].weight.file, job[0].weight.start))
+    runs, context, kernels = list(_runs(jobs)), copy_context(), Lock()
+
+    def read(run: Sequence[_Job]) -> None:
+        _read_run(run, kernels)
+        if on_read is not None:
+            on_read(sum(piece.nbytes for piece, _ in run))
+
+    try:
+        if len(runs) == 1:
+            read(runs[0])
+        else:
+            with ThreadPoolExecutor(_READERS) as readers:
+                # Which kernels are chosen is a matter of the caller's context.
+                list(readers.map(lambda run: context.copy().run(read, run), runs))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read any more: {error.strerror or error}.") from error
+
+
+_Job = tuple[Piece, Place]
+
+
+def _runs(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+    run, size = list[_Job](), 0
+    for job in jobs:
+        run.append(job)
+        size += job[0].nbytes
+        if size >= _RUN_BYTES:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run
+
+
+def _read_run(run: Sequence[_Job], kernels: Lock) -> None:
+    device = run[0][1].weight.device
+    on_gpu = device.type == "cuda"
+    with ExitStack() as stack, torch.cuda.device(device) if on_gpu else nullcontext():
         open_file = _opener(stack)
-        for piece in pieces:
-            _read_piece(open_file, piece, flat[piece.offset : piece.offset + prod(piece.weight.shape)])
+        for piece, place in run:
+            for values, scales, part in _parts_of(piece, place, open_file):
+                # One thread at a time launches kernels, because the first launch compiles.
+                with kernels if on_gpu else nullcontext():
+                    part.put(values) if scales is None else part.put_fp8(values, scales)
+                if on_gpu:
+                    torch.cuda.current_stream().synchronize()  # until then, `values` is read
 
 
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised CPU memory. numpy asks the system for huge pages and torch does not: filling them is 3 x faster."""
-    nbytes = prod(shape) * dtype.itemsize
-    memory = np.empty(nbytes + _ALIGNMENT, dtype=np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return torch.from_numpy(memory[start : start + nbytes]).view(dtype).view(shape)
+def _parts_of(piece: Piece, place: Place, open_file: _Open) -> Iterator[tuple[Tensor, Tensor | None, Place]]:
+    """Stored values, their scales where they are fp8, and where they belong, part by part."""
+    weight, scale = piece.weight, piece.scale
+    start, scale_start = weight.start, 0 if scale is None else scale.start
+    for part in place.at(piece.offset, prod(weight.shape)).parts():
+        on_gpu = part.weight.is_cuda
+        as_stored = not on_gpu and part.weight.dtype == weight.dtype
+        values = part.weight if as_stored else _staging(tuple(part.weight.shape), weight.dtype, on_gpu)
+        read_bytes(open_file(weight.file), start, values)
+        start += values.nbytes
+        scales = None
+        if scale is not None:
+            scales = _staging((-(-part.weight.shape[1] // FP8_BLOCK), scale.shape[1]), scale.dtype, on_gpu)
+            read_bytes(open_file(scale.file), scale_start, scales)
+            scale_start += scales.nbytes
+        yield values, scales, part
+
+
+def _staging(shape: tuple[int, ...], dtype: torch.dtype, on_gpu: bool) -> Tensor:
+    return torch.empty(shape, dtype=dtype, pin_memory=on_gpu)
 
 
 def _opener(stack: ExitStack) -> _Open:
@@ -117,34 +191,3 @@ def _opener(stack: ExitStack) -> _Open:
         return handles[file]
 
     return open_file
-
-
-def _read_piece(open_file: _Open, piece: Piece, target: Tensor) -> None:
-    if piece.scale is not None:
-        _read_quantized(open_file, piece.weight, piece.scale, target)
-    elif piece.weight.dtype == target.dtype:
-        read_bytes(open_file(piece.weight.file), piece.weight.start, target)
-    else:
-        _read_cast(open_file(piece.weight.file), piece.weight, target)
-
-
-def _read_cast(handle: BinaryIO, stored: StoredTensor, target: Tensor) -> None:
-    width = stored.dtype.itemsize
-    buffer = torch.empty(max(1, _CHUNK_BYTES // width), dtype=stored.dtype)
-    for begin in range(0, len(target), len(buffer)):
-        part = buffer[: len(target) - begin]
-        read_bytes(handle, stored.start + begin * width, part)
-        target[begin : begin + len(part)].copy_(part)
-
-
-def _read_quantized(open_file: _Open, weight: StoredTensor, scale: StoredTensor, target: Tensor) -> None:
-    rows, columns = weight.shape
-    scales = torch.empty(scale.shape, dtype=scale.dtype)
-    read_bytes(open_file(scale.file), scale.start, scales)
-    blocks_at_once = max(1, _CHUNK_BYTES // max(1, FP8_BLOCK * columns))
-    for block in range(0, len(scales), blocks_at_once):
-        first = block * FP8_BLOCK
-        values = torch.empty(min(blocks_at_once * FP8_BLOCK, rows - first), columns, dtype=weight.dtype)
-        read_bytes(open_file(weight.file), weight.start + first * columns, values)
-        made = dequantize_block_fp8(values, scales[block : block + blocks_at_once], target.dtype)
-        target[first * columns : (first + len(values)) * columns].copy_(made.view(-1))

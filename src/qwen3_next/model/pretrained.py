@@ -23,6 +23,7 @@ from qwen3_next.model.delta_net import GatedDeltaNet
 from qwen3_next.model.layers import CausalConvolution, GatedRMSNorm, RotaryEmbedding, ZeroCentredNorm, rotary_settings
 from qwen3_next.model.lazy_tensor import LazyTensor
 from qwen3_next.model.moe import Experts, Router
+from qwen3_next.model.random_values import DECAY_RATES, rows_of_one_norm
 
 logger = logging.get_logger(__name__)
 
@@ -57,11 +58,11 @@ class Qwen3NextPreTrainedModel(PreTrainedModel):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, Router):
-            init.copy_(module.weight, _rows_of_one_norm(module.weight, std))
+            rows = torch.randn_like(module.weight, dtype=torch.float32)
+            init.copy_(module.weight, rows_of_one_norm(rows, std))
         elif isinstance(module, GatedDeltaNet):
             init.ones_(module.dt_bias)
-            # The decay rate is uniform in (0, 16); its lower border is kept off 0 so that the logarithm stays finite.
-            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(0.01, 16).log_())
+            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(*DECAY_RATES).log_())
         elif isinstance(module, RotaryEmbedding):
             init.copy_(module.inv_freq, rotary_settings(self.config)[0])
         else:
@@ -189,16 +190,6 @@ _ONLY_LAYOUT = {
     "distributed_checkpoint": False,
 }
 """Arguments of transformers' method that choose a layout, with the value that asks for the one written here."""
-
-
-def _rows_of_one_norm(weight: Tensor, std: float) -> Tensor:
-    """Random rows scaled to one length: no expert starts with larger scores than another.
-
-    The publication says that router parameters are normalised at initialisation so that experts are chosen without
-    bias early in training, but gives no formula; equal row norms are the plainest reading.
-    """
-    rows = torch.randn_like(weight, dtype=torch.float32)
-    return (rows / rows.norm(dim=-1, keepdim=True) * std * weight.shape[-1] ** 0.5).to(weight.dtype)
 
 
 def _checked_state_dict(

@@ -27,6 +27,7 @@ __all__ = [
     "EXPERT_RULES",
     "Checkpoint",
     "ExpertRule",
+    "Progress",
     "PublishedSlot",
     "compare",
     "mtp_layers_present",
