@@ -1,18 +1,21 @@
 """Requests in, tokens out: the loop of plan, call, choice and commit."""
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from qwen3_next.engine.config import Division, EngineConfig
 from qwen3_next.engine.loading import LoadedModel
 from qwen3_next.engine.memory import Memory
-from qwen3_next.engine.plan import Plan, SequenceResult
+from qwen3_next.engine.plan import Plan, ScheduledSequence, SequenceResult
 from qwen3_next.engine.request import FinishReason, Request, RequestOutput
-from qwen3_next.engine.runner import Runner
-from qwen3_next.engine.sampler import Draw, Drawn, draw
+from qwen3_next.engine.runner import Computed, Runner
+from qwen3_next.engine.sampler import Draw, Drawn, choose, draw
 from qwen3_next.engine.scheduler import Scheduler
+from qwen3_next.engine.speculative import Drafter, Verdict, verify
 from qwen3_next.engine.text import Characters, StopStrings
 from qwen3_next.errors import BackendError, InputError
 from qwen3_next.ops.pages import PAGE
@@ -55,17 +58,20 @@ class Engine:
 
         Raises:
             CapacityError: it does not hold one sequence.
+            InputError: drafts are asked for, and the model has no MTP layer.
         """
         self.loaded = loaded
         model = loaded.model
         self.division: Division = (config or EngineConfig()).divided(
-            loaded.config, model.lm_head.weight.dtype, loaded.device
+            loaded.config, model.lm_head.weight.dtype, loaded.device, model.mtp is not None
         )
         memory = Memory(self.division.pages, self.division.slots, PAGE)
         self.scheduler = Scheduler(self.division.scheduler(loaded.eos_ids), memory)
         self.runner = Runner(model, self.division)
         self._streams: dict[str, _Stream] = {}
         self._known = min(loaded.tokenizer.get_vocab_size(), loaded.config.vocab_size)
+        chosen = partial(choose, known=self._known, ends=loaded.eos_ids)
+        self.drafter = Drafter.allocate(model, self.division, chosen) if self.division.drafts else None
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -99,7 +105,7 @@ class Engine:
             BackendError: the device has not enough memory for a call with a single sequence. The engine goes on: the
                 requests of the call start again from the prefix cache with the next step.
         """
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self.division.drafts)
         try:
             results = self._computed(plan) if len(plan) else []
         except torch.OutOfMemoryError as error:
@@ -124,33 +130,62 @@ class Engine:
             )
 
     def _computed(self, plan: Plan) -> list[SequenceResult]:
-        batch, logits = self.runner.run(plan)
-        names = [sequence.request.request_id for sequence in batch.sampling]
-        draws = [
-            Draw(sequence.request, self._streams[name].seed)
-            for sequence, name in zip(batch.sampling, names, strict=True)
-        ]
-        drawn = dict(zip(names, draw(logits, draws, self._known, self.loaded.eos_ids), strict=True))
-        return [self._result(sequence.request, drawn.get(sequence.request.request_id)) for sequence in plan]
+        computed = self.runner.run(plan)
+        verdicts = self._verdicts(computed)
+        drafts = {} if self.drafter is None else self.drafter.draft(plan, computed, verdicts)
+        return [self._result(sequence, computed, verdicts, drafts) for sequence in plan]
 
-    def _result(self, request: Request, drawn: Drawn | None) -> SequenceResult:
-        if drawn is None:
+    def _verdicts(self, computed: Computed) -> dict[str, Verdict]:
+        draws: list[list[Draw]] = []
+        for sequence in computed.batch.sampling:
+            request, drafts = sequence.request, sequence.request.drafts[: sequence.drafts]
+            seed = self._streams[request.request_id].seed
+            draws.append([Draw(request, seed, drafts[:count]) for count in range(sequence.drafts + 1)])
+        flat = [one for rows in draws for one in rows]
+        drawn = iter(draw(computed.logits, flat, self._known, self.loaded.eos_ids))
+        return {
+            rows[0].request.request_id: Verdict(rows[0], verify([next(drawn) for _ in rows], rows[-1].ahead))
+            for rows in draws
+        }
+
+    def _result(
+        self,
+        sequence: ScheduledSequence,
+        computed: Computed,
+        verdicts: Mapping[str, Verdict],
+        drafts: Mapping[str, tuple[int, ...]],
+    ) -> SequenceResult:
+        request, name = sequence.request, sequence.request.request_id
+        if name not in verdicts:
             return SequenceResult()
-        if drawn.token is None:
+        if not verdicts[name].accepted:
             return SequenceResult(
                 error=BackendError(
                     f"request {request.request_id!r}: the logits after {len(request.tokens)} tokens are not finite; "
                     "check the checkpoint, or compute in a wider dtype."
                 )
             )
-        stream = self._streams[request.request_id]
-        stream.logprobs.append(drawn)
-        ends = {*request.params.stop_token_ids, *(() if request.params.ignore_eos else self.loaded.eos_ids)}
-        if drawn.token not in ends:
-            text = stream.characters.push(drawn.token)
-            may_stop = request.output_length + 1 >= request.params.min_tokens
-            stream.text += stream.stops.push(text) if may_stop else text
-        return SequenceResult(tokens=(drawn.token,), finish=FinishReason.STOP if stream.stops.found else None)
+        tokens = self._pushed(request, verdicts[name])
+        return SequenceResult(
+            tokens=tokens,
+            drafts=drafts.get(name, ()),
+            has_joined=computed.batch.joins,
+            finish=FinishReason.STOP if self._streams[name].stops.found else None,
+        )
+
+    def _pushed(self, request: Request, verdict: Verdict) -> tuple[int, ...]:
+        """Add accepted tokens to the text, up to the one that ends it, and return these."""
+        stream, params = self._streams[request.request_id], request.params
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else self.loaded.eos_ids)}
+        for count, (token, drawn) in enumerate(zip(verdict.tokens, verdict.accepted, strict=True), 1):
+            stream.logprobs.append(drawn)
+            if token not in ends:
+                text = stream.characters.push(token)
+                may_stop = request.output_length + count >= params.min_tokens
+                stream.text += stream.stops.push(text) if may_stop else text
+            if token in ends or stream.stops.found:
+                return verdict.tokens[:count]
+        return verdict.tokens
 
     def _output(self, state: RequestOutput) -> Output:
         stream = self._streams[state.request_id]
@@ -158,6 +193,8 @@ class Engine:
             if not stream.stops.found:
                 stream.text += stream.stops.push(stream.characters.finish()) + stream.stops.finish()
             del self._streams[state.request_id]
+            if self.drafter is not None:
+                self.drafter.forget(state.request_id)
         output = Output(state=state, text=stream.text, logprobs=tuple(stream.logprobs))
         stream.text, stream.logprobs = "", []
         return output

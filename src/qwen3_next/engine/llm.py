@@ -98,7 +98,7 @@ class LLM:
         """
         if quantization not in (None, "fp8"):
             raise InputError(f"quantization = {quantization!r} is unknown. Allowed: None or 'fp8'.")
-        loaded = load_model(find_model(model), dtype, device)
+        loaded = load_model(find_model(model), dtype, device, mtp=(config or EngineConfig()).drafts != 0)
         if quantization == "fp8":
             quantize_(loaded.model)
         self.engine = Engine(loaded, config)

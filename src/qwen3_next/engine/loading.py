@@ -107,8 +107,11 @@ def read_config(directory: Path) -> "Qwen3NextConfig":
     return Qwen3NextConfig.from_dict(fields)
 
 
-def load_model(directory: Path, dtype_name: str, device_name: str) -> LoadedModel:
+def load_model(directory: Path, dtype_name: str, device_name: str, *, mtp: bool = False) -> LoadedModel:
     """Load model and tokenizer onto one device.
+
+    Args:
+        mtp: load the layer that drafts too, if the checkpoint has one.
 
     Raises:
         InputError: an unknown dtype or device.
@@ -125,7 +128,7 @@ def load_model(directory: Path, dtype_name: str, device_name: str) -> LoadedMode
     tokenizer, generation = _tokenizer(directory), _generation(directory / "generation_config.json")
     chat_template = _chat_template(directory)
     try:
-        model = BareCausalLM.from_directory(directory, config, dtype, device)
+        model = BareCausalLM.from_directory(directory, config, dtype, device, mtp=mtp)
     except (torch.OutOfMemoryError, MemoryError) as error:
         size = config.weight_bytes(dtype) / 2**30
         raise BackendError(f"{size:.1f} GiB of weights do not fit {device}; see `qwen3-next info`.") from error

@@ -1,5 +1,7 @@
 """Runs plans on the network: memory prepared, tokens through all layers, logits of the rows that are wanted."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -9,6 +11,20 @@ from qwen3_next.engine.config import Division
 from qwen3_next.engine.plan import Plan
 from qwen3_next.model.bare import BareCausalLM
 from qwen3_next.model.packed_cache import PackedMemory
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """What a call of the network gave.
+
+    Attributes:
+        hidden: of every packed token, after the final norm.
+        logits: of `batch.rows`.
+    """
+
+    batch: Batch
+    hidden: Float[Tensor, "T D"]
+    logits: Float[Tensor, "R V"]
 
 
 class Runner:
@@ -21,14 +37,15 @@ class Runner:
             model.config,
             pages=division.pages,
             slots=division.slots,
+            pending=division.pending,
             dtype=weight.dtype,
             device=weight.device,
         )
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> tuple[Batch, Float[Tensor, "R V"]]:
-        """Compute what a plan asks for; the logits are those of `Batch.rows`."""
+    def run(self, plan: Plan) -> Computed:
+        """Compute what a plan asks for."""
         prepare_memory_(plan, self.memory)
         batch = Batch.build(plan, self.memory)
         hidden = self.model.model(batch.inputs, batch.cache)
-        return batch, self.model.lm_head(hidden[batch.rows])
+        return Computed(batch, hidden, self.model.lm_head(hidden[batch.rows]))

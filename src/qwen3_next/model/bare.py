@@ -16,6 +16,7 @@ from qwen3_next.model.cache import CachedKeys, DeltaNetState, ModelCache
 from qwen3_next.model.decoder import DecoderLayer
 from qwen3_next.model.inputs import PackedInputs
 from qwen3_next.model.layers import RMSNorm, RotaryEmbedding
+from qwen3_next.model.mtp import MultiTokenPredictor
 from qwen3_next.model.weights import compare, open_directory, refuse_untied_head
 from qwen3_next.ops.segments import Segments
 
@@ -48,15 +49,20 @@ class BareNetwork(nn.Module):
 
 
 class BareCausalLM(nn.Module):
-    """Network and output head, computing what `Qwen3NextForCausalLM` computes for one sequence with a cache."""
+    """Network and output head, computing what `Qwen3NextForCausalLM` computes for one sequence with a cache.
 
-    def __init__(self, config: Qwen3NextConfig) -> None:
+    Attributes:
+        mtp: the layer that drafts; None where it was not loaded.
+    """
+
+    def __init__(self, config: Qwen3NextConfig, has_mtp: bool = False) -> None:
         super().__init__()
         self.config = config
         self.model = BareNetwork(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.mtp = MultiTokenPredictor(config) if has_mtp else None
 
     @torch.inference_mode()
     def forward(self, token_ids: Int[Tensor, "S"], cache: "SequenceCache") -> Float[Tensor, "V"]:
@@ -70,22 +76,31 @@ class BareCausalLM(nn.Module):
 
     @classmethod
     def from_directory(
-        cls, directory: Path, config: Qwen3NextConfig, dtype: torch.dtype, device: torch.device
+        cls,
+        directory: Path,
+        config: Qwen3NextConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        mtp: bool = False,
     ) -> "BareCausalLM":
-        """Load a local checkpoint of the published layout, straight into `dtype`; `mtp.*` stays in the files.
+        """Load a local checkpoint of the published layout, straight into `dtype`.
+
+        Args:
+            mtp: load the MTP layer too, if the checkpoint has one; else `mtp.*` stays in the files.
 
         Raises:
             CheckpointError: the files are missing, not whole, or do not hold exactly the model that `config` describes,
                 or hold a head of its own where `config` ties it to the embedding.
         """
-        with torch.device("meta"):
-            model = cls(config)
         checkpoint = open_directory(directory)
-        checkpoint.mtp_layers()  # refuses a block that is not complete
+        has_mtp = checkpoint.mtp_layers() > 0 and mtp  # refuses a block that is not complete, wanted or not
+        with torch.device("meta"):
+            model = cls(config, has_mtp)
         expected = model.state_dict()
         tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
         shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-        compare(shapes, checkpoint.in_memory_shapes(), may_miss=tied, may_exceed=("mtp.",))
+        compare(shapes, checkpoint.in_memory_shapes(), may_miss=tied, may_exceed=() if has_mtp else ("mtp.",))
         if config.tie_word_embeddings:
             refuse_untied_head(checkpoint.parameters)
         dtypes = {name: torch.float32 if name.endswith(_KEPT_IN_FP32) else dtype for name in expected}
