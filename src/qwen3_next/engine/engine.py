@@ -1,6 +1,7 @@
 """Requests in, tokens out: the loop of plan, call, choice and commit."""
 
 import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,6 +9,7 @@ from functools import partial
 import torch
 
 from qwen3_next.engine.config import Division, EngineConfig
+from qwen3_next.engine.draft_policy import DraftPolicy
 from qwen3_next.engine.loading import LoadedModel
 from qwen3_next.engine.memory import Memory
 from qwen3_next.engine.plan import Plan, ScheduledSequence, SequenceResult
@@ -51,6 +53,9 @@ class Engine:
     """Serves many requests at once: continuous batching, chunked prompts, a prefix cache over keys and states.
 
     Every request gets what it would get alone: its tokens depend on its prompt, its parameters and its seed.
+
+    Attributes:
+        drafts: how many tokens the MTP layer proposes; `drafts.figures` is what became of them.
     """
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None) -> None:
@@ -68,6 +73,7 @@ class Engine:
         memory = Memory(self.division.pages, self.division.slots, PAGE)
         self.scheduler = Scheduler(self.division.scheduler(loaded.eos_ids), memory)
         self.runner = Runner(model, self.division)
+        self.drafts = DraftPolicy(self.division.drafts, is_fixed=self.division.limits.drafts != "auto")
         self._streams: dict[str, _Stream] = {}
         self._known = min(loaded.tokenizer.get_vocab_size(), loaded.config.vocab_size)
         chosen = partial(choose, known=self._known, ends=loaded.eos_ids)
@@ -105,7 +111,10 @@ class Engine:
             BackendError: the device has not enough memory for a call with a single sequence. The engine goes on: the
                 requests of the call start again from the prefix cache with the next step.
         """
-        plan = self.scheduler.plan(self.division.drafts)
+        queues = self.scheduler.figures
+        expected = min(queues.running + queues.waiting, self.scheduler.config.max_sequences)
+        plan = self.scheduler.plan(self.drafts.choose(expected))
+        start = time.perf_counter()
         try:
             results = self._computed(plan) if len(plan) else []
         except torch.OutOfMemoryError as error:
@@ -114,6 +123,7 @@ class Engine:
                 f"a call of {plan.token_count} tokens does not fit the memory of {self.loaded.device}; lower "
                 "token_budget or max_sequences."
             ) from error
+        self.drafts.learn(plan, results, time.perf_counter() - start)
         return [self._output(state) for state in self.scheduler.commit(plan, results)]
 
     def _require_served(self, request: Request) -> None:
