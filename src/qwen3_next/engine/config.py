@@ -44,7 +44,7 @@ class EngineConfig:
     memory_bytes: int | None = None
     prefix_cache: bool = True
     snapshot_stride: int = 8192
-    drafts: int | Literal["auto"] = 0
+    drafts: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "token_budget", "max_context", "memory_bytes", "snapshot_stride"):
