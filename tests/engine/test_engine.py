@@ -87,7 +87,7 @@ def test_chunked_equals_whole(checkpoint: Path, alone: list[tuple[int, ...]]) ->
 def test_preempted_equals_undisturbed(checkpoint: Path) -> None:
     long = prompts((60, 61, 62))
     undisturbed = ids(engine_of(checkpoint).generate(long, greedy(100)))
-    llm = engine_of(checkpoint, max_context=192, memory_bytes=176_000)  # pages for one of them and a half
+    llm = engine_of(checkpoint, max_context=192, memory_bytes=320_000)  # pages for one of them and a half
     assert ids(llm.generate(long, greedy(100))) == undisturbed
     assert llm.engine.scheduler.figures.preemptions > 0
 
@@ -286,11 +286,12 @@ def test_a_conversation_in_the_shipped_models_template() -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_all_of_it_together_equals_all_off_under_random_schedules(checkpoint: Path, seed: int) -> None:
-    """Chats that go on, branch and are edited, priorities, aborts, evictions, in a memory that is too small."""
+    """Chats that go on, branch and are edited, priorities, aborts, evictions, drafts, in a memory that is too small."""
     chance = random.Random(seed)
-    small = {"max_context": 256, "memory_bytes": chance.choice([200_000, 260_000, 400_000])}
+    drafts, sizes = chance.choice([(0, (200_000, 260_000, 400_000)), (2, (330_000, 420_000, 700_000))])
+    small = {"max_context": 256, "memory_bytes": chance.choice(sizes), "drafts": drafts}
     engine = engine_of(checkpoint, token_budget=chance.choice([7, 40, 90]), snapshot_stride=64, **small).engine
-    cold = engine_of(checkpoint, max_sequences=1, token_budget=400, prefix_cache=False)
+    cold = engine_of(checkpoint, max_sequences=1, token_budget=400, prefix_cache=False, drafts=0)
     running: dict[str, Request] = {}
     finished: list[Request] = []
     histories = [[chance.randrange(KNOWN) for _ in range(chance.randrange(1, 90))] for _ in range(3)]
@@ -303,7 +304,10 @@ def test_all_of_it_together_equals_all_off_under_random_schedules(checkpoint: Pa
                 history = [*history[: chance.randrange(len(history))], chance.randrange(KNOWN)]
             prompt = tuple([*history, *(chance.randrange(KNOWN) for _ in range(chance.randrange(1, 30)))][-180:])
             params = SamplingParams(
-                temperature=chance.choice([0, 1.2]), seed=chance.randrange(9), max_tokens=chance.randrange(1, 12)
+                temperature=chance.choice([0, 1.2]),
+                seed=chance.randrange(9),
+                max_tokens=chance.randrange(1, 12),
+                logit_bias=dict.fromkeys((5, 6, 7), 40.0) if drafts else {},  # of three tokens a draft is often right
             )
             made = Request(request_id=f"{number}", prompt=prompt, params=params, priority=chance.randrange(-1, 2))
             engine.add(made)
@@ -320,5 +324,6 @@ def test_all_of_it_together_equals_all_off_under_random_schedules(checkpoint: Pa
                     histories.append(list(one.tokens))
     assert len(finished) > 20
     assert engine.scheduler.figures.cached_tokens > 0
+    assert all(tally.accepted > 0 for tally in engine.drafts.figures.by_position)
     for one in chance.sample(finished, 12):
         assert tuple(one.output) == cold.generate(one.prompt, one.params)[0][0].token_ids

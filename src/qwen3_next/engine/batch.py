@@ -1,6 +1,7 @@
 """A plan of the scheduler as tensors: what one call of the network reads, and which rows of it are wanted."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,41 +21,43 @@ class Batch:
     """One call of the network.
 
     Attributes:
-        rows: which packed tokens need logits, in the order of the sequences that sample.
+        rows: which packed tokens need logits, in the order of the sequences that sample; `1 + drafts` of each.
         sampling: those sequences.
+        joins: the tokens of the steps become part of the states at once.
     """
 
     inputs: PackedInputs
     cache: PackedCache
     rows: Int[Tensor, "R"]
     sampling: tuple[ScheduledSequence, ...]
+    joins: bool
 
     @classmethod
     def build(cls, plan: Plan, memory: PackedMemory) -> "Batch":
         """Put the sequences of a plan one after the other; the copies that come first are not part of it.
 
-        Where the memory has no room for pending tokens there are no drafts to reject: every token joins its state at
-        once, and what the plan calls pending has joined already.
+        Where no step brings drafts there is nothing to reject: every token joins its state at once. Should earlier
+        tokens be pending, they join before, for which steps are computed as chunks this once.
         """
-        has_pending = memory.pending_qkv.shape[2] > 0
+        joins = not any(sequence.drafts for sequence in plan)
+        has_pending = any(sequence.accepted for sequence in plan)
+        steps = 0 if joins and has_pending else sum(sequence.awaits_verdict for sequence in plan)
         device, sequences = memory.keys.device, plan.sequences
         lengths = [sequence.length for sequence in sequences]
         segments = Segments.from_lengths(lengths, device)
         tokens = [token for sequence in sequences for token in sequence.token_ids]
         positions = [place for sequence in sequences for place in range(sequence.start, sequence.end)]
-        inputs = PackedInputs(_integers(tokens, device).long(), _integers(positions, device).long(), segments)
-        ends = [sequence.end for sequence in sequences]
-        widest = max(len(sequence.pages) for sequence in sequences)
-        pages = [[*sequence.pages, *(0,) * (widest - len(sequence.pages))] for sequence in sequences]
+        inputs = PackedInputs(integers(tokens, device).long(), integers(positions, device).long(), segments)
+        ends, accepted = [s.end for s in sequences], [s.accepted for s in sequences]
         cache = PackedCache(
             memory,
-            table=_integers(pages, device),
-            lengths=_integers(ends, device),
-            slots=_integers([sequence.slot for sequence in sequences], device),
-            accepted=_integers([sequence.accepted for sequence in sequences], device) if has_pending else None,
+            table=page_table(sequences, device),
+            lengths=integers(ends, device),
+            slots=integers([sequence.slot for sequence in sequences], device),
+            accepted=integers(accepted, device) if has_pending or not joins else None,
             known_lengths=tuple(ends),
-            snapshots=_snapshots(sequences, device),
-            steps=sum(sequence.awaits_verdict for sequence in sequences),
+            snapshots=_snapshots(sequences[steps:], device),
+            steps=steps,
         )
         starts = itertools.accumulate(lengths)
         rows = [
@@ -63,20 +66,32 @@ class Batch:
             if sequence.samples
             for drafts in range(sequence.drafts, -1, -1)
         ]
-        return cls(inputs, cache, _integers(rows, device).long(), tuple(s for s in sequences if s.samples))
+        sampling = tuple(sequence for sequence in sequences if sequence.samples)
+        return cls(inputs, cache, integers(rows, device).long(), sampling, joins)
 
 
 def prepare_memory_(plan: Plan, memory: PackedMemory) -> None:
     """Copy and clear what the sequences of a plan start from."""
     states = [sequence.state_copy for sequence in plan if sequence.state_copy is not None]
-    pages = [sequence.page_copy for sequence in plan if sequence.page_copy is not None]
     for tensor in (memory.recurrent, memory.conv, memory.pending_qkv, memory.pending_ba):
         _copy_(tensor, states)
-    for tensor in (memory.keys, memory.values):
-        _copy_(tensor, pages)
+    copy_pages_(plan, memory)
     empty = [sequence.slot for sequence in plan if sequence.starts_empty]
     if empty:
-        memory.clear_(_integers(empty, memory.keys.device))
+        memory.clear_(integers(empty, memory.keys.device))
+
+
+def copy_pages_(plan: Plan, memory: PackedMemory) -> None:
+    """Copy the pages that the sequences of a plan go on writing."""
+    pages = [sequence.page_copy for sequence in plan if sequence.page_copy is not None]
+    for tensor in (memory.keys, memory.values):
+        _copy_(tensor, pages)
+
+
+def page_table(sequences: Sequence[ScheduledSequence], device: torch.device) -> Int[Tensor, "N M"]:
+    """The pages of each sequence, filled up to the most of them."""
+    widest = max(len(sequence.pages) for sequence in sequences)
+    return integers([[*sequence.pages, *(0,) * (widest - len(sequence.pages))] for sequence in sequences], device)
 
 
 def _copy_(tensor: Tensor, copies: list[Copy]) -> None:
@@ -85,12 +100,10 @@ def _copy_(tensor: Tensor, copies: list[Copy]) -> None:
         tensor[:, list(targets)] = tensor[:, list(sources)]
 
 
-def _snapshots(sequences: tuple[ScheduledSequence, ...], device: torch.device) -> Snapshots | None:
-    """Positions among the tokens of all chunks; steps, which come first, ask for none."""
+def _snapshots(sequences: Sequence[ScheduledSequence], device: torch.device) -> Snapshots | None:
+    """Positions among the tokens of sequences that are computed as chunks; a step asks for none."""
     positions, slots, before = list[int](), list[int](), 0
     for sequence in sequences:
-        if sequence.awaits_verdict:
-            continue
         for order in sequence.snapshots:
             positions.append(before + order.position - sequence.start)
             slots.append(order.slot)
@@ -98,5 +111,6 @@ def _snapshots(sequences: tuple[ScheduledSequence, ...], device: torch.device) -
     return Snapshots.at(positions, slots, device) if positions else None
 
 
-def _integers(values: list[int] | list[list[int]], device: torch.device) -> Int[Tensor, "*N"]:
+def integers(values: list[int] | list[list[int]], device: torch.device) -> Int[Tensor, "*N"]:
+    """As int32 on a device."""
     return to_device(torch.tensor(values, dtype=torch.int32), device)

@@ -1,19 +1,26 @@
 """Requests in, tokens out: the loop of plan, call, choice and commit."""
 
 import secrets
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import zip_longest
 
 import torch
+from torch import Tensor
 
 from qwen3_next.engine.config import Division, EngineConfig
+from qwen3_next.engine.draft_policy import DraftPolicy
 from qwen3_next.engine.grammar import GrammarCompiler, GrammarState
 from qwen3_next.engine.loading import LoadedModel
 from qwen3_next.engine.memory import Memory
-from qwen3_next.engine.plan import Plan, SequenceResult
+from qwen3_next.engine.plan import Plan, ScheduledSequence, SequenceResult
 from qwen3_next.engine.request import FinishReason, Request, RequestOutput
-from qwen3_next.engine.runner import Runner
-from qwen3_next.engine.sampler import Draw, Drawn, draw
+from qwen3_next.engine.runner import Computed, Runner
+from qwen3_next.engine.sampler import Draw, Drawn, choose, draw
 from qwen3_next.engine.scheduler import Scheduler
+from qwen3_next.engine.speculative import Drafter, Verdict, verify
 from qwen3_next.engine.text import Characters, StopStrings
 from qwen3_next.errors import BackendError, InputError
 from qwen3_next.ops.pages import PAGE
@@ -55,6 +62,9 @@ class Engine:
     """Serves many requests at once: continuous batching, chunked prompts, a prefix cache over keys and states.
 
     Every request gets what it would get alone: its tokens depend on its prompt, its parameters and its seed.
+
+    Attributes:
+        drafts: how many tokens the MTP layer proposes; `drafts.figures` is what became of them.
     """
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None) -> None:
@@ -62,11 +72,12 @@ class Engine:
 
         Raises:
             CapacityError: it does not hold one sequence.
+            InputError: drafts are asked for, and the model has no MTP layer.
         """
         self.loaded = loaded
         model = loaded.model
         self.division: Division = (config or EngineConfig()).divided(
-            loaded.config, model.lm_head.weight.dtype, loaded.device
+            loaded.config, model.lm_head.weight.dtype, loaded.device, model.mtp is not None
         )
         memory = Memory(self.division.pages, self.division.slots, PAGE)
         self.scheduler = Scheduler(self.division.scheduler(loaded.eos_ids), memory)
@@ -74,6 +85,9 @@ class Engine:
         self._known = min(loaded.tokenizer.get_vocab_size(), loaded.config.vocab_size)
         self.runner = Runner(model, self.division, self._known)
         self._grammars = GrammarCompiler(loaded.tokenizer, self._known, loaded.eos_ids)
+        self.drafts = DraftPolicy(self.division.drafts, is_fixed=self.division.limits.drafts != "auto")
+        chosen = partial(choose, known=self._known, ends=loaded.eos_ids)
+        self.drafter = Drafter.allocate(model, self.division, chosen) if self.division.drafts else None
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -117,7 +131,10 @@ class Engine:
             BackendError: the device has not enough memory for a call with a single sequence. The engine goes on: the
                 requests of the call start again from the prefix cache with the next step.
         """
-        plan = self.scheduler.plan()
+        queues = self.scheduler.figures
+        expected = min(queues.running + queues.waiting, self.scheduler.config.max_sequences)
+        plan = self.scheduler.plan(self.drafts.choose(expected))
+        start = time.perf_counter()
         try:
             results = self._computed(plan) if len(plan) else []
         except torch.OutOfMemoryError as error:
@@ -126,6 +143,7 @@ class Engine:
                 f"a call of {plan.token_count} tokens does not fit the memory of {self.loaded.device}; lower "
                 "token_budget or max_sequences."
             ) from error
+        self.drafts.learn(plan, results, time.perf_counter() - start)
         return [self._output(state) for state in self.scheduler.commit(plan, results)]
 
     def _require_known_tokens(self, request: Request) -> None:
@@ -139,47 +157,87 @@ class Engine:
 
     def _computed(self, plan: Plan) -> list[SequenceResult]:
         computed = self.runner.run(plan)
-        draws = [self._draw(sequence.request) for sequence in computed.batch.sampling]
-        drawn = draw(computed.logits, draws, self._known, self.loaded.eos_ids)
-        by_name = {one.request.request_id: token for one, token in zip(draws, drawn, strict=True)}
+        verdicts = self._verdicts(computed)
         for sequence in plan:
             name = sequence.request.request_id
             if name in computed.prompt_scores:  # after a preemption, once more from the start
                 self._streams[name].prompt_logprobs[sequence.start + 1 :] = computed.prompt_scores[name]
-        return [self._result(sequence.request, by_name.get(sequence.request.request_id)) for sequence in plan]
+        drafts = {} if self.drafter is None else self.drafter.draft(plan, computed, verdicts)
+        return [self._result(sequence, computed, verdicts, drafts) for sequence in plan]
 
-    def _draw(self, request: Request) -> Draw:
-        """What to draw with; masks are computed here, while the device is busy."""
-        stream, allowed = self._streams[request.request_id], None
+    def _verdicts(self, computed: Computed) -> dict[str, Verdict]:
+        draws: list[list[Draw]] = []
+        for sequence in computed.batch.sampling:
+            request, drafts = sequence.request, sequence.request.drafts[: sequence.drafts]
+            stream = self._streams[request.request_id]
+            masks = zip_longest(self._masks(stream, drafts), range(sequence.drafts + 1))
+            draws.append([Draw(request, stream.seed, mask, drafts[:count]) for mask, count in masks])
+        flat = [one for rows in draws for one in rows]
+        drawn = iter(draw(computed.logits, flat, self._known, self.loaded.eos_ids))
+        return {
+            rows[0].request.request_id: Verdict(rows[0], verify([next(drawn) for _ in rows], rows[-1].ahead))
+            for rows in draws
+        }
+
+    def _masks(self, stream: _Stream, drafts: tuple[int, ...]) -> list[Tensor]:
+        """What a grammar lets follow each beginning of the drafts, up to the first that it forbids.
+
+        Computed here, while the device is busy. Rows without one come after a draft that is rejected.
+        """
         try:
-            allowed = stream.grammar.allowed() if stream.grammar else None
+            return stream.grammar.masks_along(drafts) if stream.grammar else []
         except InputError as error:
             stream.error = error
-        return Draw(request, stream.seed, allowed)
+            return []
 
-    def _result(self, request: Request, drawn: Drawn | None) -> SequenceResult:
-        if drawn is None:
+    def _result(
+        self,
+        sequence: ScheduledSequence,
+        computed: Computed,
+        verdicts: Mapping[str, Verdict],
+        drafts: Mapping[str, tuple[int, ...]],
+    ) -> SequenceResult:
+        request, name = sequence.request, sequence.request.request_id
+        if name not in verdicts:
             return SequenceResult()
-        if drawn.token is None:
+        if not verdicts[name].accepted:
             return SequenceResult(
                 error=BackendError(
                     f"request {request.request_id!r}: the logits after {len(request.tokens)} tokens are not finite; "
                     "check the checkpoint, or compute in a wider dtype."
                 )
             )
-        stream = self._streams[request.request_id]
+        stream = self._streams[name]
         try:
-            is_over = self._accept(stream, drawn.token)
+            tokens, is_over = self._pushed(request, stream, verdicts[name])
         except InputError as error:
             return SequenceResult(error=error)
-        stream.logprobs.append(drawn)
-        ends = {*request.params.stop_token_ids, *(() if request.params.ignore_eos else self.loaded.eos_ids)}
-        if drawn.token not in ends:
-            text = stream.characters.push(drawn.token)
-            may_stop = request.output_length + 1 >= request.params.min_tokens
-            stream.text += stream.stops.push(text) if may_stop else text
-        is_over |= stream.stops.found
-        return SequenceResult(tokens=(drawn.token,), finish=FinishReason.STOP if is_over else None)
+        return SequenceResult(
+            tokens=tokens,
+            drafts=drafts.get(name, ()),
+            has_joined=computed.batch.joins,
+            finish=FinishReason.STOP if is_over else None,
+        )
+
+    def _pushed(self, request: Request, stream: _Stream, verdict: Verdict) -> tuple[tuple[int, ...], bool]:
+        """Add accepted tokens to the text, up to the one that ends it; return these, and whether one does.
+
+        Raises:
+            InputError: the grammar needs more than a step may compute.
+        """
+        params = request.params
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else self.loaded.eos_ids)}
+        for count, (token, drawn) in enumerate(zip(verdict.tokens, verdict.accepted, strict=True), 1):
+            is_over = self._accept(stream, token)
+            stream.logprobs.append(drawn)
+            if token not in ends:
+                text = stream.characters.push(token)
+                may_stop = request.output_length + count >= params.min_tokens
+                stream.text += stream.stops.push(text) if may_stop else text
+            is_over |= stream.stops.found
+            if token in ends or is_over:
+                return verdict.tokens[:count], is_over
+        return verdict.tokens, False
 
     def _accept(self, stream: _Stream, token: int) -> bool:
         """Go on by the grammar, where there is one. True: it ends there."""
@@ -196,6 +254,8 @@ class Engine:
             if not stream.stops.found:
                 stream.text += stream.stops.push(stream.characters.finish()) + stream.stops.finish()
             del self._streams[state.request_id]
+            if self.drafter is not None:
+                self.drafter.forget(state.request_id)
         output = Output(
             state=state,
             text=stream.text,

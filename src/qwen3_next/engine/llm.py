@@ -171,7 +171,14 @@ class LLM:
             BackendError, CapacityError: the device is not there, or its memory is too small.
         """
         directory = find_model(model, weights=not random_weights)
-        loaded = load_model(directory, dtype, device, quantization=quantization, random_weights=random_weights)
+        loaded = load_model(
+            directory,
+            dtype,
+            device,
+            quantization=quantization,
+            random_weights=random_weights,
+            mtp=(config or EngineConfig()).drafts != 0,
+        )
         self.engine = Engine(loaded, config)
         self._numbers = itertools.count()
         self._growing: dict[str, Growing] = {}

@@ -121,6 +121,7 @@ def load_model(
     *,
     quantization: "Quantization" = "auto",
     random_weights: bool = False,
+    mtp: bool = False,
     progress: bool = True,
 ) -> LoadedModel:
     """Load model and tokenizer onto one device.
@@ -130,6 +131,7 @@ def load_model(
         random_weights: draw the weights, always the same ones, instead of reading any; config.json is enough then,
             "auto" is what its quantization_config says, and where there is no tokenizer, that of the model in the
             package is taken, with its chat template.
+        mtp: load the layer that drafts too, if the checkpoint has one.
         progress: show a bar, on the standard error, while more than a few seconds' worth is read.
 
     Raises:
@@ -153,11 +155,12 @@ def load_model(
     chat_template = _chat_template(words)
     try:
         if random_weights:
-            model = BareCausalLM.with_random_values(config, dtype, device, quantization="fp8" if fp8 else "none")
+            chosen: Quantization = "fp8" if fp8 else "none"
+            model = BareCausalLM.with_random_values(config, dtype, device, quantization=chosen, mtp=mtp)
         else:
             with _bar(progress) as on_progress:
                 model = BareCausalLM.from_directory(
-                    directory, config, dtype, device, quantization=quantization, on_progress=on_progress
+                    directory, config, dtype, device, quantization=quantization, mtp=mtp, on_progress=on_progress
                 )
     except (torch.OutOfMemoryError, MemoryError) as error:
         size = config.weight_bytes("fp8" if fp8 else dtype) / 2**30

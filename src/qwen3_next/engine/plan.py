@@ -104,11 +104,13 @@ class SequenceResult:
     Attributes:
         tokens: the accepted drafts and the one token sampled behind them; empty where nothing was sampled.
         drafts: proposals for the tokens after those.
+        has_joined: the tokens of a step are part of the state already; none is pending.
         finish: the text ended inside `tokens`, which were cut there: at a stop string, at the end of a grammar.
         error: the sequence failed, alone.
     """
 
     tokens: tuple[int, ...] = ()
     drafts: tuple[int, ...] = ()
+    has_joined: bool = False
     finish: FinishReason | None = None
     error: Qwen3NextError | None = None

@@ -21,11 +21,13 @@ class Computed:
     """What came of a call.
 
     Attributes:
+        hidden: of every packed token, after the final norm.
         logits: of `batch.rows`.
         prompt_scores: by request id, the log-probabilities of prompt tokens that this call's chunks gave.
     """
 
     batch: Batch
+    hidden: Float[Tensor, "T D"]
     logits: Float[Tensor, "R V"]
     prompt_scores: Mapping[str, tuple[Drawn, ...]]
 
@@ -41,6 +43,7 @@ class Runner:
             model.config,
             pages=division.pages,
             slots=division.slots,
+            pending=division.pending,
             dtype=weight.dtype,
             device=weight.device,
         )
@@ -52,4 +55,4 @@ class Runner:
         batch = Batch.build(plan, self.memory)
         hidden = self.model.model(batch.inputs, batch.cache)
         scores = prompt_scores(hidden, plan, self.model.lm_head, self.known)
-        return Computed(batch, self.model.lm_head(hidden[batch.rows]), scores)
+        return Computed(batch, hidden, self.model.lm_head(hidden[batch.rows]), scores)

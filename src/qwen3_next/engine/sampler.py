@@ -20,14 +20,26 @@ class Draw:
     """One row of logits and whose it is.
 
     Attributes:
-        request: its committed tokens are those that penalties count.
+        request: its tokens, and those `ahead`, are what penalties count.
         seed: of its random numbers.
         allowed: the only tokens that may come, on the host; None for all.
+        ahead: tokens between the committed ones and the row: drafts before it.
     """
 
     request: Request
     seed: int
     allowed: Bool[Tensor, "V"] | None = None
+    ahead: tuple[int, ...] = ()
+
+    @property
+    def position(self) -> int:
+        """Of the token that is to be chosen."""
+        return len(self.request.tokens) + len(self.ahead)
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the output has its `min_tokens`."""
+        return self.request.output_length + len(self.ahead) >= self.request.params.min_tokens
 
 
 @dataclass(frozen=True)
@@ -57,14 +69,13 @@ def draw(logits: Float[Tensor, "R V"], draws: Sequence[Draw], known: int, ends: 
     if not draws:
         return []
     raw = logits[:, :known].float()
-    is_sound = raw.isfinite().all(dim=1)
-    adjusted = _adjusted(raw, draws, ends)
-    chosen = adjusted.argmax(dim=1)
-    rows = [row for row, one in enumerate(draws) if one.request.params.temperature > 0]
-    if rows:
-        index = torch.tensor(rows, device=logits.device)
-        chosen[index] = _drawn(adjusted[index], [draws[row] for row in rows])
-    return _reported(raw, chosen, is_sound, draws)
+    return _reported(raw, _chosen(raw, draws, ends), draws)
+
+
+@torch.no_grad()
+def choose(logits: Float[Tensor, "R V"], draws: Sequence[Draw], known: int, ends: frozenset[int]) -> list[int | None]:
+    """The tokens of `draw` alone."""
+    return _chosen(logits[:, :known].float(), draws, ends)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -82,14 +93,27 @@ def _mixed(word: int) -> int:
     return word ^ (word >> 31)
 
 
+def _chosen(raw: Float[Tensor, "R V"], draws: Sequence[Draw], ends: frozenset[int]) -> list[int | None]:
+    """The token of each row; None where the logits are not finite."""
+    is_sound = raw.isfinite().all(dim=1)
+    adjusted = _adjusted(raw, draws, ends)
+    chosen = adjusted.argmax(dim=1)
+    rows = [row for row, one in enumerate(draws) if one.request.params.temperature > 0]
+    if rows:
+        index = torch.tensor(rows, device=raw.device)
+        chosen[index] = _drawn(adjusted[index], [draws[row] for row in rows])
+    tokens: list[int] = chosen.where(is_sound, -1).tolist()
+    return [None if token < 0 else token for token in tokens]
+
+
 def _adjusted(raw: Float[Tensor, "R V"], draws: Sequence[Draw], ends: frozenset[int]) -> Float[Tensor, "R V"]:
     """Penalties, biases, and -inf for what may not come; rows without any stay what they are."""
-    adjusted = raw.clone() if any(_changes(one.request) for one in draws) else raw
+    adjusted = raw.clone() if any(_changes(one) for one in draws) else raw
     for row, one in enumerate(draws):
-        request, params = one.request, one.request.params
-        if not _changes(request):
+        params = one.request.params
+        if not _changes(one):
             continue
-        _penalize_(adjusted[row], request, params)
+        _penalize_(adjusted[row], one)
         biases = {token: bias for token, bias in params.logit_bias.items() if token < raw.shape[1]}
         if biases:
             ids = torch.tensor(list(biases), device=raw.device)
@@ -103,15 +127,15 @@ def _adjusted(raw: Float[Tensor, "R V"], draws: Sequence[Draw], ends: frozenset[
     return adjusted
 
 
-def _changes(request: Request) -> bool:
-    params = request.params
+def _changes(one: Draw) -> bool:
+    params = one.request.params
     penalties = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
     return bool(penalties or params.logit_bias)
 
 
 def _permitted(one: Draw, size: int, ends: frozenset[int]) -> Bool[Tensor, "V"] | None:
     """What a grammar and `min_tokens` leave, None for all. Where together they leave nothing, the grammar decides."""
-    params, is_early = one.request.params, one.request.output_length < one.request.params.min_tokens
+    params, is_early = one.request.params, not one.may_end
     # Who ignores ends goes on as long as the grammar lets them, and without one draws ends like any other token.
     are_ends_banned = one.allowed is not None if params.ignore_eos else is_early
     banned = {*(params.stop_token_ids if is_early else ()), *(ends if are_ends_banned else ())}
@@ -122,14 +146,15 @@ def _permitted(one: Draw, size: int, ends: frozenset[int]) -> Bool[Tensor, "V"] 
     return permitted if permitted.any() else one.allowed
 
 
-def _penalize_(logits: Float[Tensor, "V"], request: Request, params: SamplingParams) -> None:
+def _penalize_(logits: Float[Tensor, "V"], one: Draw) -> None:
     """Repetition counts prompt and output, presence and frequency the output alone."""
+    request, params = one.request, one.request.params
     if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted({t for t in request.tokens if t < len(logits)}), device=logits.device)
+        seen = torch.tensor(sorted({t for t in (*request.tokens, *one.ahead) if t < len(logits)}), device=logits.device)
         found = logits[seen]
         logits[seen] = torch.where(found > 0, found / params.repetition_penalty, found * params.repetition_penalty)
     if params.presence_penalty or params.frequency_penalty:
-        counts = Counter(t for t in request.output if t < len(logits))
+        counts = Counter(t for t in (*request.output, *one.ahead) if t < len(logits))
         if counts:
             ids = torch.tensor(list(counts), device=logits.device)
             times = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
@@ -143,7 +168,7 @@ def _drawn(logits: Float[Tensor, "R V"], draws: Sequence[Draw]) -> Int[Tensor, "
     probabilities, tokens = scaled.softmax(dim=1).sort(dim=1, descending=True, stable=True)
     probabilities = torch.where(_kept(probabilities, params), probabilities, 0)
     sums = probabilities.cumsum(dim=1)
-    chances = _column([uniform(one.seed, len(one.request.tokens)) for one in draws], device)
+    chances = _column([uniform(one.seed, one.position) for one in draws], device)
     places = torch.searchsorted(sums, chances * sums[:, -1:], right=True)
     # Rounding never leads beyond what was kept. Of NaN nothing is: those rows are told apart later.
     last = ((probabilities > 0).sum(dim=1, keepdim=True) - 1).clamp(min=0)
@@ -165,19 +190,14 @@ def _column(values: Sequence[float], device: torch.device) -> Float[Tensor, "R 1
     return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
 
-def _reported(
-    raw: Float[Tensor, "R V"], chosen: Int[Tensor, "R"], is_sound: Bool[Tensor, "R"], draws: Sequence[Draw]
-) -> list[Drawn]:
-    tokens, sound = chosen.tolist(), is_sound.tolist()
+def _reported(raw: Float[Tensor, "R V"], tokens: Sequence[int | None], draws: Sequence[Draw]) -> list[Drawn]:
     result: list[Drawn] = []
-    for row, one in enumerate(draws):
+    for row, (token, one) in enumerate(zip(tokens, draws, strict=True)):
         wanted = one.request.params.logprobs
-        if not sound[row]:
-            result.append(Drawn(None))
-        elif wanted is None:
-            result.append(Drawn(tokens[row]))
+        if token is None or wanted is None:
+            result.append(Drawn(token))
         else:
-            result += logprobs_of(raw[row : row + 1], tokens[row : row + 1], wanted)
+            result += logprobs_of(raw[row : row + 1], [token], wanted)
     return result
 
 

@@ -335,7 +335,7 @@ class Scheduler:
         assert len(result.tokens) in sampled or result.finish, f"{len(result.tokens)} tokens of {sequence}"
         tokens, finish = self.config.cut(request, result)
         request.computed = sequence.end if not sequence.awaits_verdict else request.computed + len(tokens)
-        request.pending = len(tokens) if sequence.awaits_verdict else 0
+        request.pending = len(tokens) if sequence.awaits_verdict and not result.has_joined else 0
         request.tokens += tokens
         request.drafts = result.drafts
         if self.config.prefix_cache:

@@ -19,6 +19,7 @@ from qwen3_next.model.decoder import DecoderLayer
 from qwen3_next.model.inputs import PackedInputs
 from qwen3_next.model.layers import RMSNorm, RotaryEmbedding
 from qwen3_next.model.lazy_tensor import Filling, fill
+from qwen3_next.model.mtp import MultiTokenPredictor
 from qwen3_next.model.quantize import Quantization, allocate_
 from qwen3_next.model.random_values import fill_randomly
 from qwen3_next.model.weights import Progress, compare, open_directory, refuse_untied_head
@@ -51,15 +52,20 @@ class BareNetwork(nn.Module):
 
 
 class BareCausalLM(nn.Module):
-    """Network and output head, computing what `Qwen3NextForCausalLM` computes for one sequence with a cache."""
+    """Network and output head, computing what `Qwen3NextForCausalLM` computes for one sequence with a cache.
 
-    def __init__(self, config: Qwen3NextConfig) -> None:
+    Attributes:
+        mtp: the layer that drafts; None where it was not loaded.
+    """
+
+    def __init__(self, config: Qwen3NextConfig, has_mtp: bool = False) -> None:
         super().__init__()
         self.config = config
         self.model = BareNetwork(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.mtp = MultiTokenPredictor(config) if has_mtp else None
 
     @torch.inference_mode()
     def forward(self, token_ids: Int[Tensor, "S"], cache: "SequenceCache") -> Float[Tensor, "V"]:
@@ -80,14 +86,16 @@ class BareCausalLM(nn.Module):
         device: torch.device,
         *,
         quantization: Quantization = "auto",
+        mtp: bool = False,
         on_progress: Progress | None = None,
     ) -> "BareCausalLM":
-        """Load a local checkpoint of the published layout, straight into its place; `mtp.*` stays in the files.
+        """Load a local checkpoint of the published layout, straight into its place.
 
         Args:
             dtype: of all parameters that are neither block-fp8 nor decay rates.
             quantization: "auto" keeps block-fp8 weights, bit by bit; what such a checkpoint holds of `QUANTIZED` in
                 bf16 is quantised with them. "fp8" quantises all others as well while they are read, "none" dequantises.
+            mtp: load the MTP layer too, if the checkpoint has one; else `mtp.*` stays in the files.
             on_progress: called with the bytes read so far and in all, now and then.
 
         Raises:
@@ -95,11 +103,12 @@ class BareCausalLM(nn.Module):
                 or hold a head of its own where `config` ties it to the embedding.
             MemoryError, torch.OutOfMemoryError: the device has too little memory.
         """
-        model, checkpoint = cls._on_meta(config), open_directory(directory)
-        checkpoint.mtp_layers()  # refuses a block that is not complete
+        checkpoint = open_directory(directory)
+        has_mtp = checkpoint.mtp_layers() > 0 and mtp  # refuses a block that is not complete, wanted or not
+        model = cls._on_meta(config, has_mtp)
         tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        compare(shapes, checkpoint.in_memory_shapes(), may_miss=tied, may_exceed=("mtp.",))
+        compare(shapes, checkpoint.in_memory_shapes(), may_miss=tied, may_exceed=() if has_mtp else ("mtp.",))
         if config.tie_word_embeddings:
             refuse_untied_head(checkpoint.parameters)
         fp8 = quantization == "fp8" or (quantization == "auto" and checkpoint.is_quantized)
@@ -116,25 +125,27 @@ class BareCausalLM(nn.Module):
         device: torch.device,
         *,
         quantization: Quantization = "auto",
+        mtp: bool = False,
         seed: int = 0,
     ) -> "BareCausalLM":
         """A model of the initialisation's values, drawn where they stay: the same for a seed, kind of device and dtype.
 
         Args:
             quantization: "fp8" quantises them while they are drawn; "auto" and "none" do not.
+            mtp: make the MTP layer too, if `config` has one.
 
         Raises:
             MemoryError, torch.OutOfMemoryError: the device has too little memory.
         """
-        model = cls._on_meta(config)
+        model = cls._on_meta(config, mtp and config.num_nextn_predict_layers > 0)
         places = allocate_(model, dtype, device, fp8=quantization == "fp8")
         fill_randomly(model, places, config.initializer_range, seed)
         return model.eval()
 
     @classmethod
-    def _on_meta(cls, config: Qwen3NextConfig) -> "BareCausalLM":
+    def _on_meta(cls, config: Qwen3NextConfig, has_mtp: bool) -> "BareCausalLM":
         with torch.device("meta"):
-            return cls(config)
+            return cls(config, has_mtp)
 
 
 def _counter(fillings: Sequence[Filling], on_progress: Progress) -> Callable[[int], None]:

@@ -1,0 +1,227 @@
+"""Speculative decoding: the MTP layer proposes tokens, the network's own choice at each of them is the verdict."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qwen3_next.engine.batch import copy_pages_, integers, page_table
+from qwen3_next.engine.config import Division
+from qwen3_next.engine.plan import Plan, ScheduledSequence
+from qwen3_next.engine.runner import Computed
+from qwen3_next.engine.sampler import Draw, Drawn
+from qwen3_next.model.bare import BareCausalLM
+from qwen3_next.model.inputs import PackedInputs
+from qwen3_next.model.packed_cache import PackedCache, PackedMemory
+from qwen3_next.ops.pages import PAGE
+from qwen3_next.ops.segments import Segments
+
+MOST_LATE_TOKENS = 512
+"""How many tokens may wait for the MTP layer while nobody wants drafts; it reads them together, which is cheaper."""
+
+Choose = Callable[[Float[Tensor, "R V"], Sequence[Draw]], list[int | None]]
+"""The token of each row of logits; None where they are not finite."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a sequence that sampled commits.
+
+    Attributes:
+        draw: of its first row.
+        accepted: empty where that row's logits were not finite.
+    """
+
+    draw: Draw
+    accepted: tuple[Drawn, ...]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Of what was accepted."""
+        return tuple(one.token for one in self.accepted if one.token is not None)
+
+
+def verify(rows: Sequence[Drawn], drafts: Sequence[int]) -> tuple[Drawn, ...]:
+    """The tokens that a step commits: drafts as far as they are what was drawn in their place, and one token more.
+
+    Args:
+        rows: one more than drafts; row i was drawn from the model's distribution given the drafts before it.
+
+    This is rejection sampling of a proposal that is certain (Leviathan, Kalman, Matias 2023, arXiv:2211.17192, section
+    2.3, with q one at the draft): a draft x is accepted with probability p(x), for the draw is x so often; otherwise
+    the token is the draw given that it is not x, which is the residual distribution. So tokens have the model's
+    distribution whatever is proposed. More than that, each is the very token that would have been drawn without drafts,
+    since random numbers are a function of seed and position.
+
+    Rows whose logits are not finite end the run; the result is empty where the first one is such.
+    """
+    accepted: list[Drawn] = []
+    for one, draft in zip_longest(rows, drafts):
+        if one.token is None:
+            break
+        accepted.append(one)
+        if one.token != draft:
+            break
+    return tuple(accepted)
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """What the MTP layer reads of a sequence: each pair of a state and the token that follows it.
+
+    Attributes:
+        start: position of the first state.
+        hidden: the states; the network's, or in a chain the layer's own.
+        following: as many tokens.
+        draw: of the token behind the last one that follows; None where nothing was sampled, and nothing is drafted.
+        drafts: those made so far.
+    """
+
+    sequence: ScheduledSequence
+    start: int
+    hidden: Float[Tensor, "S D"]
+    following: tuple[int, ...]
+    draw: Draw | None
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.sequence.request.request_id
+
+    @property
+    def end(self) -> int:
+        """Position behind the last state."""
+        return self.start + len(self.following)
+
+    @property
+    def may_draft(self) -> bool:
+        """Whether a draft is wanted, and the sequence has a page for the key of the last pair."""
+        has_room = len(self.drafts) < self.sequence.next_drafts and self.end <= len(self.sequence.pages) * PAGE
+        return self.draw is not None and has_room
+
+    def behind(self, late: "_Reading | None") -> "_Reading":
+        """This one behind the one that was left for later, if it goes on from there."""
+        if late is None or late.end != self.start:
+            return self
+        hidden, following = torch.cat([late.hidden, self.hidden]), late.following + self.following
+        return replace(self, start=late.start, hidden=hidden, following=following)
+
+    def chained(self, hidden: Float[Tensor, "D"], token: int) -> "_Reading":
+        """The next link: the layer's own state, and the token that it proposed."""
+        assert self.draw is not None
+        draw = replace(self.draw, ahead=(*self.draw.ahead, token))
+        return _Reading(self.sequence, self.end, hidden[None], (token,), draw, (*self.drafts, token))
+
+
+@dataclass(eq=False)
+class Drafter:
+    """The MTP layer behind the network, with keys and values of its own in pages of the same numbers.
+
+    The pair at position p is the network's state of token p and the embedding of token p + 1. It is read once token
+    p + 1 is committed, and written over what a draft left there; so the first draft sees committed pairs alone, and
+    each further one those and its own chain, as in training (`chained_attention`).
+
+    The pair at the last position of a page that sequences share belongs to whoever wrote it, who may have gone on with
+    another token; and what a request left for later when it ended is never written. Both can make drafts worse, or not
+    finite, which makes none; what is written stays the same, since a draft is never believed.
+
+    Attributes:
+        choose: as the verdict will, with the same random numbers: so they agree more often.
+    """
+
+    model: BareCausalLM
+    memory: PackedMemory
+    choose: Choose
+    _late: dict[str, _Reading] = field(default_factory=dict[str, _Reading])
+
+    @classmethod
+    def allocate(cls, model: BareCausalLM, division: Division, choose: Choose) -> "Drafter":
+        """With memory for all pages."""
+        weight = model.lm_head.weight
+        memory = PackedMemory.allocate(
+            model.config,
+            pages=division.pages,
+            slots=0,
+            layer_types=("full_attention",),
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        return cls(model, memory, choose)
+
+    @torch.inference_mode()
+    def draft(self, plan: Plan, computed: Computed, verdicts: Mapping[str, Verdict]) -> dict[str, tuple[int, ...]]:
+        """Read what a call commits, and propose what follows; fewer than the plan says where there is no room.
+
+        Args:
+            verdicts: by request, of those that sampled.
+        """
+        copy_pages_(plan, self.memory)
+        readings = self._readings(plan, computed, verdicts)
+        waiting = {**self._late, **{reading.name: reading for reading in readings}}
+        tokens = sum(len(reading.following) for reading in waiting.values())
+        if not any(reading.may_draft for reading in readings) and tokens <= MOST_LATE_TOKENS:
+            self._late = waiting
+            return {}
+        for reading in readings:
+            self._late.pop(reading.name, None)
+        return self._chain(readings)
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended."""
+        self._late.pop(request_id, None)
+
+    def _readings(self, plan: Plan, computed: Computed, verdicts: Mapping[str, Verdict]) -> list[_Reading]:
+        readings: list[_Reading] = []
+        for sequence, row in zip(plan, computed.batch.inputs.segments.starts, strict=True):
+            verdict = verdicts.get(sequence.request.request_id)
+            drawn = () if verdict is None else verdict.tokens
+            if sequence.samples and not drawn:
+                continue  # it failed
+            count = len(drawn) if sequence.awaits_verdict else sequence.length
+            known = sequence.request.tokens[sequence.start + 1 : sequence.start + 1 + count]
+            hidden, following = computed.hidden[row : row + count], (*known, *drawn)[:count]
+            draw = None if verdict is None else replace(verdict.draw, ahead=drawn, allowed=None)
+            reading = _Reading(sequence, sequence.start, hidden, following, draw)
+            readings.append(reading.behind(self._late.get(reading.name)))
+        return readings
+
+    def _chain(self, readings: list[_Reading]) -> dict[str, tuple[int, ...]]:
+        """Read, propose, and read what was proposed, until nobody wants more."""
+        drafts: dict[str, tuple[int, ...]] = {}
+        while readings:
+            hidden = self._read(readings)
+            going = [(state, one) for state, one in zip(hidden, readings, strict=True) if one.may_draft]
+            readings = []
+            if going:
+                logits = self.model.lm_head(torch.stack([state for state, _ in going]))
+                tokens = self.choose(logits, [one.draw for _, one in going if one.draw is not None])
+                for (state, one), token in zip(going, tokens, strict=True):
+                    if token is not None:
+                        link = one.chained(state, token)
+                        drafts[one.name] = link.drafts
+                        readings += [link] * link.may_draft
+        return drafts
+
+    def _read(self, readings: list[_Reading]) -> Float[Tensor, "N D"]:
+        """One call of the layer: its states at the last pair of each sequence."""
+        assert self.model.mtp is not None
+        network, device = self.model.model, self.memory.keys.device
+        segments = Segments.from_lengths([len(one.following) for one in readings], device)
+        places = [place for one in readings for place in range(one.start, one.end)]
+        inputs = PackedInputs(None, integers(places, device).long(), segments)
+        ends = [one.end for one in readings]
+        cache = PackedCache(
+            self.memory,
+            table=page_table([one.sequence for one in readings], device),
+            lengths=integers(ends, device),
+            slots=integers([0] * len(readings), device),
+            known_lengths=tuple(ends),
+        )
+        following = integers([token for one in readings for token in one.following], device).long()
+        hidden = torch.cat([one.hidden for one in readings])
+        rotary = network.rotary_emb(hidden, inputs.positions)
+        states = self.model.mtp(network.embed_tokens(following), hidden, inputs, rotary, cache).hidden
+        return states[segments.cu_seqlens[1:].long() - 1]
