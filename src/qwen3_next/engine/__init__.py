@@ -1,6 +1,7 @@
 """The engine: prompts in, text out."""
 
 from qwen3_next.engine.config import EngineConfig
+from qwen3_next.engine.draft_policy import DraftFigures, Tally
 from qwen3_next.engine.engine import Engine, Output
 from qwen3_next.engine.llm import LLM, Completion
 from qwen3_next.engine.memory import Copy, Memory, MemoryFigures
@@ -14,6 +15,7 @@ __all__ = [
     "LLM",
     "Completion",
     "Copy",
+    "DraftFigures",
     "Engine",
     "EngineConfig",
     "FinishReason",
@@ -33,4 +35,5 @@ __all__ = [
     "SnapshotOrder",
     "Status",
     "Structured",
+    "Tally",
 ]
