@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from qwen3_next.engine import Plan, Request, ScheduledSequence, SequenceResult
-from qwen3_next.engine.draft_policy import PERIOD, TRIAL, DraftPolicy, Tally
+from qwen3_next.engine import Plan, Request, ScheduledSequence, SequenceResult, Tally
+from qwen3_next.engine.draft_policy import PERIOD, TRIAL, DraftPolicy
 
 
 def step(drafts: int, next_drafts: int, start: int = 10) -> ScheduledSequence:

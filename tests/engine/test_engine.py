@@ -267,7 +267,7 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(checkpoint: Pat
 
 
 def test_fp8_weights_are_served(checkpoint: Path) -> None:
-    config = EngineConfig(max_sequences=4, token_budget=48, memory_bytes=2**24)
+    config = EngineConfig(max_sequences=4, token_budget=48, memory_bytes=2**24, drafts=2)
     llm = LLM(str(checkpoint), dtype="float32", quantization="fp8", config=config)
     together = ids(llm.generate(prompts(), greedy(4)))
     assert together == [llm.generate(prompt, greedy(4))[0][0].token_ids for prompt in prompts()]

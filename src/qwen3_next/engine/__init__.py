@@ -2,6 +2,7 @@
 
 from qwen3_next.engine.async_engine import AsyncEngine, AsyncFigures
 from qwen3_next.engine.config import EngineConfig
+from qwen3_next.engine.draft_policy import DraftFigures, Tally
 from qwen3_next.engine.engine import Engine, Output
 from qwen3_next.engine.llm import LLM, Completion, StreamUpdate
 from qwen3_next.engine.memory import Copy, Memory, MemoryFigures
@@ -17,6 +18,7 @@ __all__ = [
     "AsyncFigures",
     "Completion",
     "Copy",
+    "DraftFigures",
     "Engine",
     "EngineConfig",
     "FinishReason",
@@ -37,4 +39,5 @@ __all__ = [
     "Status",
     "StreamUpdate",
     "Structured",
+    "Tally",
 ]

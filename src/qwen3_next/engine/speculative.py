@@ -103,8 +103,8 @@ class _Reading:
         return self.draw is not None and has_room
 
     def behind(self, late: "_Reading | None") -> "_Reading":
-        """This one behind the one that was left for later, if it goes on from there."""
-        if late is None or late.end != self.start:
+        """This one behind the one that was left for later, if it goes on from there and did not start again since."""
+        if late is None or late.end != self.start or self.sequence.state_copy is not None:
             return self
         hidden, following = torch.cat([late.hidden, self.hidden]), late.following + self.following
         return replace(self, start=late.start, hidden=hidden, following=following)
