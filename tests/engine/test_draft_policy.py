@@ -84,6 +84,13 @@ def test_one_slow_call_does_not_decide() -> None:
     assert policy.choose(1) == 1
 
 
+def test_a_machine_that_slows_down_is_measured_anew() -> None:
+    policy = DraftPolicy(3, is_fixed=False)
+    assert run(policy, 0, [1, 1.2, 1.4, 1.6], 60)[-1] == 0
+    assert set(run(policy, 0, [3, 3.6, 4.2, 4.8], 60)[-40:]) == {0}
+    assert set(run(policy, 0, [1, 1.2, 1.4, 1.6], 60)[-40:]) == {0}
+
+
 def test_calls_with_chunks_and_failures_are_not_counted() -> None:
     policy = DraftPolicy(1, is_fixed=False)
     chunk = dataclasses.replace(step(0, 0), awaits_verdict=False, length=9)

@@ -1,18 +1,19 @@
 """How many drafts a step should try, from what was accepted and what steps cost. No torch."""
 
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 from qwen3_next.engine.plan import Plan, SequenceResult
 
-PERIOD, TRIAL = 256, 3
+PERIOD, TRIAL = 256, 4
 """Every so many steps, a number of drafts is tried for so many: the first is on the way there, the others are timed."""
 
 WORTH_IT = 1.03
 """Drafts must promise so much more than none, since both figures are measured."""
 
-_MEMORY, _NEWS = 0.998, 0.1
+_MEMORY, _TIMES = 0.998, 5
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,14 @@ class DraftFigures:
 
 @dataclass(eq=False)
 class _Costs:
-    """Of steps with about the same number of sequences."""
+    """Of steps with about the same number of sequences: by drafts, the last few times, of which the middle one counts.
+
+    Any of them may hold a compilation or a pause of the machine. When the machine slows down, the number in use looks
+    worse than the others until these have been timed as well, and then all are compared anew.
+    """
 
     steps: int = 0
-    seconds: dict[int, float] = field(default_factory=dict[int, float])
-    timed: Counter[int] = field(default_factory=Counter[int])
-
-    def note(self, drafts: int, seconds: float) -> None:
-        """A moving average. The first time may hold a compilation, and any may hold a pause of the machine."""
-        self.timed[drafts] += 1
-        known = self.seconds.setdefault(drafts, seconds)
-        if self.timed[drafts] <= 2:
-            self.seconds[drafts] = min(known, seconds)
-        else:
-            self.seconds[drafts] += _NEWS * (min(seconds, 2 * known) - known)
+    seconds: dict[int, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=_TIMES)))
 
 
 @dataclass(eq=False)
@@ -94,7 +89,7 @@ class DraftPolicy:
             return turn % (self.most + 1)
         if 0 not in costs.seconds:
             return 0
-        speeds = {k: self._tokens(k) / seconds / (WORTH_IT if k else 1) for k, seconds in costs.seconds.items()}
+        speeds = {k: self._tokens(k) / median(times) / (WORTH_IT if k else 1) for k, times in costs.seconds.items()}
         return max(speeds, key=lambda k: (speeds[k], -k))
 
     def learn(self, plan: Plan, results: Sequence[SequenceResult], seconds: float) -> None:
@@ -114,7 +109,7 @@ class DraftPolicy:
             # Ends of pages and of requests leave a few sequences with fewer.
             drafts = round(sum(sequence.drafts for sequence, _ in steps) / len(steps))
             if all(sequence.next_drafts == drafts for sequence, _ in steps):
-                costs.note(drafts, seconds)
+                costs.seconds[drafts].append(seconds)
 
     @property
     def figures(self) -> DraftFigures:

@@ -9,11 +9,15 @@ from torch import Tensor
 
 from qwen3_next.engine.batch import Batch, prepare_memory_
 from qwen3_next.engine.config import Division
+from qwen3_next.engine.graphs import Graphs
 from qwen3_next.engine.plan import Plan
 from qwen3_next.engine.prompt_logprobs import prompt_scores
 from qwen3_next.engine.sampler import Drawn
+from qwen3_next.errors import BackendError
 from qwen3_next.model.bare import BareCausalLM
+from qwen3_next.model.delta_net import STEP_TOKENS
 from qwen3_next.model.packed_cache import PackedMemory
+from qwen3_next.ops.pages import PAGE
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +37,21 @@ class Computed:
 
 
 class Runner:
-    """The network and the tensors behind pages and slots."""
+    """The network and the tensors behind pages and slots.
+
+    Attributes:
+        graphs: of decoding and verification; None on a CPU.
+    """
 
     def __init__(self, model: BareCausalLM, division: Division, known: int) -> None:
-        """Allocate the memory; `known` is where the ids begin that only fill up the head."""
+        """Allocate the memory, and capture graphs on a GPU.
+
+        Args:
+            known: where the ids begin that only fill up the head.
+
+        Raises:
+            BackendError: the device has not enough memory beside that of keys and states.
+        """
         weight = model.lm_head.weight
         self.model, self.known = model, known
         self.memory = PackedMemory.allocate(
@@ -47,12 +62,28 @@ class Runner:
             dtype=weight.dtype,
             device=weight.device,
         )
+        self.graphs = self._capture(division) if weight.is_cuda else None
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Computed:
         """Compute what a plan asks for."""
         prepare_memory_(plan, self.memory)
         batch = Batch.build(plan, self.memory)
+        replayed = None if self.graphs is None else self.graphs.run(batch)
+        if replayed is not None:
+            return Computed(batch, *replayed, {})  # only chunks have prompt tokens
         hidden = self.model.model(batch.inputs, batch.cache)
         scores = prompt_scores(hidden, plan, self.model.lm_head, self.known)
         return Computed(batch, hidden, self.model.lm_head(hidden[batch.rows]), scores)
+
+    def _capture(self, division: Division) -> Graphs:
+        limits = division.limits
+        assert limits.max_context is not None
+        pages = -(-(limits.max_context + STEP_TOKENS) // PAGE)
+        try:
+            return Graphs(self.model, self.memory, most=limits.max_sequences, pages=pages)
+        except torch.OutOfMemoryError as error:
+            raise BackendError(
+                f"the graphs of calls with up to {limits.max_sequences} sequences do not fit {self.memory.keys.device} "
+                f"beside memory_bytes = {limits.memory_bytes} of keys and states; lower one of the two."
+            ) from error
