@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import tiny_model
 
 from qwen3_next.errors import CheckpointError
-from qwen3_next.model import Qwen3NextForCausalLM
-from qwen3_next.model.bare import BareCausalLM, SequenceCache
+from qwen3_next.model import PackedCache, PackedInputs, PackedMemory, Qwen3NextForCausalLM
+from qwen3_next.model.bare import BareCausalLM
+from qwen3_next.ops import Segments
 
 CPU = torch.device("cpu")
 
@@ -17,6 +18,16 @@ CPU = torch.device("cpu")
 def saved(model: Qwen3NextForCausalLM, directory: Path) -> Path:
     model.save_pretrained(directory)
     return directory
+
+
+def last_logits(bare: BareCausalLM, tokens: torch.Tensor, memory: PackedMemory, before: int) -> torch.Tensor:
+    """The logits after some more tokens of the one sequence in a memory of one page."""
+    end = before + len(tokens)
+    table, lengths, slots = (torch.tensor(x, dtype=torch.int32) for x in ([[0]], [end], [0]))
+    inputs = PackedInputs(tokens, torch.arange(before, end), Segments.uniform(1, len(tokens)))
+    with torch.no_grad():
+        hidden = bare.model(inputs, PackedCache(memory, table, lengths, slots, known_lengths=(end,)))
+        return bare.lm_head(hidden[-1])
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"num_nextn_predict_layers": 0}], ids=str)
@@ -29,11 +40,11 @@ def test_logits_are_those_of_the_causal_lm_however_the_text_is_split(
     tokens = torch.randint(model.config.vocab_size, (13,))
     with torch.no_grad():
         expected = model(tokens[None], use_cache=False).logits[0]
-    cache, end = SequenceCache(), 0
+    memory, end = PackedMemory.allocate(model.config, pages=1, slots=1, dtype=torch.float32), 0
     for part in tokens.split(list(split)):
-        logits, end = bare(part, cache), end + len(part)
+        logits, end = last_logits(bare, part, memory, end), end + len(part)
         torch.testing.assert_close(logits, expected[end - 1], rtol=1e-4, atol=1e-5)
-    assert cache.length == 13
+    assert end == 13
 
 
 def test_weights_come_in_the_dtype_wanted_and_the_decay_rates_in_fp32(tmp_path: Path) -> None:

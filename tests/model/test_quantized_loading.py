@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.conftest import tiny_config, tiny_model
 from tests.model.stored import quantized, same_bits, unfused, write
+from tests.model.test_bare import last_logits
 from tests.model.test_quantize import KEPT
 from torch import Tensor, nn
 
@@ -15,9 +16,8 @@ from qwen3_next import LLM, EngineConfig, Qwen3NextConfig, SamplingParams
 from qwen3_next.engine import loading
 from qwen3_next.engine.loading import SHIPPED, load_model
 from qwen3_next.errors import BackendError, CheckpointError, InputError
-from qwen3_next.model import lazy_tensor, places, quantize
-from qwen3_next.model.bare import BareCausalLM, SequenceCache
-from qwen3_next.model.mtp import MultiTokenPredictor
+from qwen3_next.model import PackedMemory, lazy_tensor, places, quantize
+from qwen3_next.model.bare import BareCausalLM
 from qwen3_next.model.quantize import quantize_
 
 WIDE = {"hidden_size": 160, "moe_intermediate_size": 136, "shared_expert_intermediate_size": 144}
@@ -30,11 +30,10 @@ Stored = dict[str, Tensor]
 
 
 class WithDrafts(BareCausalLM):
-    """A model that holds the MTP layer as well: whatever a module has as parameters is filled."""
+    """A model that holds the MTP layer as well, whoever loads it."""
 
-    def __init__(self, config: Qwen3NextConfig) -> None:
-        super().__init__(config)
-        self.mtp = MultiTokenPredictor(config)
+    def __init__(self, config: Qwen3NextConfig, has_mtp: bool = True) -> None:
+        super().__init__(config, True)
 
 
 @pytest.fixture(autouse=True)
@@ -270,7 +269,8 @@ def test_random_values_are_those_of_the_initialisation() -> None:
             torch.testing.assert_close(values.norm(dim=-1), torch.full((8,), 0.03 * 160**0.5))
         else:
             assert values.std().item() == pytest.approx(0.03, rel=6 / values.numel() ** 0.5), name
-    logits = model(torch.randint(97, (9,)), SequenceCache())
+    memory = PackedMemory.allocate(config, pages=1, slots=1, dtype=torch.float32)
+    logits = last_logits(model, torch.randint(97, (9,)), memory, 0)
     assert 0 < logits.std() < 10
 
 

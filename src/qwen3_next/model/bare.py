@@ -7,14 +7,13 @@ command line needs neither: it runs the layers, whose parameters have the same n
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from qwen3_next.config import Qwen3NextConfig
-from qwen3_next.model.cache import CachedKeys, DeltaNetState, ModelCache
+from qwen3_next.model.cache import ModelCache
 from qwen3_next.model.decoder import DecoderLayer
 from qwen3_next.model.inputs import PackedInputs
 from qwen3_next.model.layers import RMSNorm, RotaryEmbedding
@@ -23,7 +22,6 @@ from qwen3_next.model.mtp import MultiTokenPredictor
 from qwen3_next.model.quantize import Quantization, allocate_
 from qwen3_next.model.random_values import fill_randomly
 from qwen3_next.model.weights import Progress, compare, open_directory, refuse_untied_head
-from qwen3_next.ops.segments import Segments
 
 
 class BareNetwork(nn.Module):
@@ -52,7 +50,7 @@ class BareNetwork(nn.Module):
 
 
 class BareCausalLM(nn.Module):
-    """Network and output head, computing what `Qwen3NextForCausalLM` computes for one sequence with a cache.
+    """Network and output head of `Qwen3NextForCausalLM`, with the same parameters; the caller brings cache and rows.
 
     Attributes:
         mtp: the layer that drafts; None where it was not loaded.
@@ -66,16 +64,6 @@ class BareCausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.mtp = MultiTokenPredictor(config) if has_mtp else None
-
-    @torch.inference_mode()
-    def forward(self, token_ids: Int[Tensor, "S"], cache: "SequenceCache") -> Float[Tensor, "V"]:
-        """Read the S next tokens of the sequence that `cache` holds; return the logits of the token that follows."""
-        device, length = token_ids.device, token_ids.shape[0]
-        positions = torch.arange(cache.length, cache.length + length, device=device)
-        inputs = PackedInputs(token_ids, positions, Segments.uniform(1, length, device))
-        hidden = self.model(inputs, cache)
-        cache.length += length
-        return self.lm_head(hidden[-1])
 
     @classmethod
     def from_directory(
@@ -158,52 +146,3 @@ def _counter(fillings: Sequence[Filling], on_progress: Progress) -> Callable[[in
             on_progress(done, total)
 
     return count
-
-
-class SequenceCache:
-    """What all layers remember of one sequence. A new object is an empty one.
-
-    Attributes:
-        length: how many tokens the model has read.
-    """
-
-    def __init__(self) -> None:
-        self.length = 0
-        self._keys: dict[int, CachedKeys] = {}
-        self._states: dict[int, DeltaNetState] = {}
-
-    def attention(self, layer: int) -> "_LayerKeys":
-        """The keys and values of an attention layer."""
-        return _LayerKeys(self, self._keys, layer)
-
-    def delta_net(self, layer: int) -> "_LayerState":
-        """The state of a Gated DeltaNet layer."""
-        return _LayerState(self._states, layer)
-
-
-class _LayerKeys(NamedTuple):
-    cache: SequenceCache
-    keys: dict[int, CachedKeys]
-    layer: int
-
-    @property
-    def is_empty(self) -> bool:
-        return self.cache.length == 0
-
-    def append(self, k: Tensor, v: Tensor) -> CachedKeys:
-        before = self.keys.get(self.layer)
-        new = (k[None], v[None])
-        joined = new if before is None else (torch.cat(pair, dim=1) for pair in zip(before[:2], new, strict=True))
-        self.keys[self.layer] = CachedKeys(*joined, mask=None)
-        return self.keys[self.layer]
-
-
-class _LayerState(NamedTuple):
-    states: dict[int, DeltaNetState]
-    layer: int
-
-    def read(self) -> DeltaNetState | None:
-        return self.states.get(self.layer)
-
-    def write(self, state: DeltaNetState) -> None:
-        self.states[self.layer] = state
