@@ -1,0 +1,251 @@
+"""The routes, without a network: answers are the engine's, and whatever comes in gets an answer in OpenAI's shape."""
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+from tests.server.conftest import Ask
+
+from qwen3_next.engine import LLM, AsyncEngine
+from qwen3_next.server import ServerConfig
+
+CHAT = "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "Tell me a story about a dog."}]
+BODY: dict[str, Any] = {"model": "qwen3-next", "messages": MESSAGES, "temperature": 0, "max_tokens": 12}
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    """The chunks of a stream, which must be whole."""
+    *events, last, empty = text.split("\n\n")
+    assert (last, empty) == ("data: [DONE]", "")
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def text_of(events: list[dict[str, Any]], index: int = 0) -> str:
+    pieces = [choice for event in events for choice in event["choices"] if choice["index"] == index]
+    return "".join(piece["delta"].get("content", "") for piece in pieces)
+
+
+def test_a_greedy_answer_is_the_engines_own(ask: Ask, llm: LLM) -> None:
+    (expected,) = llm.generate(llm.render(MESSAGES), llm.default_params(temperature=0, max_tokens=12))[0]
+
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        answer = (await client.post(CHAT, json=BODY)).raise_for_status().json()
+        assert answer["object"] == "chat.completion"
+        (choice,) = answer["choices"]
+        assert choice["message"] == {"role": "assistant", "content": expected.text, "refusal": None}
+        assert choice["finish_reason"] == expected.finish.value
+        usage = answer["usage"]
+        assert usage["prompt_tokens"] == expected.prompt_tokens
+        assert usage["completion_tokens"] == len(expected.token_ids)
+        assert usage["total_tokens"] == expected.prompt_tokens + len(expected.token_ids)
+
+    ask(use)
+
+
+def test_a_stream_adds_up_to_the_answer(ask: Ask) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        body = BODY | {"n": 2, "seed": 5, "temperature": 1, "logprobs": True, "top_logprobs": 2}
+        whole = (await client.post(CHAT, json=body)).raise_for_status().json()
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        response = await client.post(CHAT, json=body | options)
+        assert response.headers["content-type"].startswith("text/event-stream")
+        *events, last = events_of(response.text)
+        assert all(event["usage"] is None for event in events)
+        assert last["choices"] == []
+        counts = ("prompt_tokens", "completion_tokens", "total_tokens")
+        assert [last["usage"][name] for name in counts] == [whole["usage"][name] for name in counts]
+        assert len({event["id"] for event in events}) == 1
+        for choice in whole["choices"]:
+            index = choice["index"]
+            pieces = [piece for event in events for piece in event["choices"] if piece["index"] == index]
+            assert pieces[0]["delta"] == {"role": "assistant", "content": ""}
+            assert text_of(events, index) == choice["message"]["content"]
+            assert [piece["finish_reason"] for piece in pieces if piece["finish_reason"]] == [choice["finish_reason"]]
+            scores = [one for piece in pieces if piece["logprobs"] for one in piece["logprobs"]["content"]]
+            assert [one["token"] for one in scores] == [one["token"] for one in choice["logprobs"]["content"]]
+        assert whole["choices"][0]["message"] != whole["choices"][1]["message"]
+
+    ask(use)
+
+
+def test_the_same_seed_writes_the_same(ask: Ask) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        async def text(seed: int) -> str:
+            body = BODY | {"seed": seed, "temperature": 1.5}
+            return (await client.post(CHAT, json=body)).raise_for_status().json()["choices"][0]["message"]["content"]
+
+        assert await text(7) == await text(7)
+        assert await text(-1) == await text(2**64 - 1)
+        assert await text(7) != await text(8)
+
+    ask(use)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_stop_string_ends_the_answer_before_it(ask: Ask, as_list: bool) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        whole = (await client.post(CHAT, json=BODY)).json()["choices"][0]["message"]["content"]
+        stop = whole[len(whole) // 2 :][:3]
+        answer = (await client.post(CHAT, json=BODY | {"stop": [stop] if as_list else stop})).json()["choices"][0]
+        assert answer["message"]["content"] == whole[: whole.index(stop)]
+        assert answer["finish_reason"] == "stop"
+
+    ask(use)
+
+
+def test_parts_and_developers_are_rendered_as_text(ask: Ask) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        plain = [{"role": "system", "content": "Be brief."}, *MESSAGES]
+        parts = [{"type": "text", "text": "Tell me a story"}, {"type": "text", "text": " about a dog."}]
+        other = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts, "name": None}]
+        answers = [(await client.post(CHAT, json=BODY | {"messages": one})).json() for one in (plain, other)]
+        assert answers[0]["choices"] == answers[1]["choices"]
+        assert answers[0]["usage"]["prompt_tokens"] == answers[1]["usage"]["prompt_tokens"]
+
+    ask(use)
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"foo": 1}, "foo"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"store": True}, "store"),
+    ({"n": 0}, "n"),
+    ({"n": 129}, "n"),
+    ({"stop": ["a"] * 17}, "stop"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
+    ({"messages": []}, "messages"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+]
+
+
+@pytest.mark.parametrize(("change", "param"), WRONG, ids=[f"{change}"[:40] for change, _ in WRONG])
+def test_what_is_wrong_is_named(ask: Ask, change: dict[str, Any], param: str) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        response = await client.post(CHAT, json=BODY | change)
+        error = response.json()["error"]
+        assert response.status_code == 400
+        assert error.keys() == {"message", "type", "param", "code"}
+        assert error["param"].startswith(param)
+        assert param.split(".")[-1] in error["message"]
+
+    ask(use)
+
+
+@pytest.mark.parametrize(
+    "change", [{"temperature": -1}, {"top_p": 2}, {"max_tokens": 0}, {"stop": ""}, {"presence_penalty": 3}], ids=str
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_values_that_the_engine_refuses_are_the_clients_mistake(ask: Ask, change: dict[str, Any], stream: bool) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        response = await client.post(CHAT, json=BODY | change | {"stream": stream})
+        assert response.status_code == 400
+        assert next(iter(change)) in response.json()["error"]["message"]
+
+    ask(use)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_longer_than_the_context_has_a_code(ask: Ask, stream: bool) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        messages = [{"role": "user", "content": "dog " * 600}]
+        response = await client.post(CHAT, json=BODY | {"messages": messages, "stream": stream})
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+    ask(use)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 5_000, b"null", b'{"model": "\\ud800"}', b'{"n": 1e400}'],
+    ids=lambda data: repr(data[:8]),
+)
+def test_bodies_that_are_no_request_are_answered(ask: Ask, data: bytes) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        response = await client.post(CHAT, content=data)
+        assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
+
+    ask(use)
+
+
+def test_a_body_that_is_too_long_is_refused(ask: Ask) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        assert (await client.post(CHAT, content=b" " * 1001)).status_code == 413
+        assert (await client.post(CHAT, content=b" " * 1000)).status_code == 400
+
+    ask(use, ServerConfig(max_body_bytes=1000))
+
+
+def test_keys_guard_all_but_health(ask: Ask) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        right = {"Authorization": "Bearer second"}
+        for wrong in (
+            {},
+            {"Authorization": "Bearer third"},
+            {"Authorization": "second"},
+            {"Authorization": b"Bearer \xe4"},
+        ):
+            for method, path in (("POST", CHAT), ("GET", "/v1/models"), ("GET", "/v1/models/qwen3-next")):
+                response = await client.request(method, path, headers=wrong)
+                assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert (await client.get("/v1/models", headers=right)).status_code == 200
+        assert (await client.post(CHAT, json=BODY, headers=right)).status_code == 200
+        assert (await client.get("/health")).json() == {"status": "ok"}
+
+    ask(use, ServerConfig(api_keys=("first", "second")))
+
+
+def test_models_are_listed_and_others_are_not_here(ask: Ask) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        (card,) = (await client.get("/v1/models")).json()["data"]
+        assert (card["id"], card["object"]) == ("a/name", "model")
+        assert (await client.get("/v1/models/a/name")).json() == card
+        for response in (await client.get("/v1/models/other"), await client.post(CHAT, json=BODY)):
+            assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+        assert (await client.get("/nowhere")).status_code == 404
+        assert "GET /nowhere" in (await client.get("/nowhere")).json()["error"]["message"]
+        assert (await client.get(CHAT)).status_code == 405
+
+    ask(use, ServerConfig(model_name="a/name"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_comes_when_too_many_wait_is_told_to_come_again(ask: Ask, stream: bool) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        response = await client.post(CHAT, json=BODY | {"n": 9, "stream": stream})
+        assert (response.status_code, response.json()["error"]["code"]) == (429, "overloaded")
+        assert int(response.headers["retry-after"]) > 0
+        assert (await client.post(CHAT, json=BODY)).status_code == 200
+
+    ask(use, max_waiting=0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_memory(ask: Ask, stream: bool) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        body = BODY | {"max_tokens": 400, "ignore_eos": True, "stream": stream}
+        task = asyncio.ensure_future(client.post(CHAT, json=body))
+        while not engine.figures.output_tokens:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        while engine.figures.open:
+            await asyncio.sleep(0.01)
+        assert {reason.value for reason in engine.figures.finished} == {"abort"}
+
+    ask(use)
+
+
+def test_a_closed_engine_is_not_healthy(ask: Ask) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        await engine.close()
+        assert (await client.get("/health")).status_code == 503
+        response = await client.post(CHAT, json=BODY)
+        assert (response.status_code, response.json()["error"]["type"]) == (503, "server_error")
+
+    ask(use)
