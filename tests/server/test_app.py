@@ -5,7 +5,9 @@ import json
 from typing import Any
 
 import httpx
+import jsonschema_rs
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from tests.server.conftest import Ask
 
 from qwen3_next.engine import LLM, AsyncEngine
@@ -247,5 +249,167 @@ def test_a_closed_engine_is_not_healthy(ask: Ask) -> None:
         assert (await client.get("/health")).status_code == 503
         response = await client.post(CHAT, json=BODY)
         assert (response.status_code, response.json()["error"]["type"]) == (503, "server_error")
+
+    ask(use)
+
+
+COMPLETE = "/v1/completions"
+PROMPT: dict[str, Any] = {"model": "qwen3-next", "prompt": "Once upon a time", "temperature": 0}
+
+
+def test_a_completion_is_the_engines_own_with_sixteen_tokens(ask: Ask, llm: LLM) -> None:
+    ids = llm.encoded("Once upon a time")
+    (expected,) = llm.generate("Once upon a time", llm.default_params(temperature=0, max_tokens=16, logprobs=2))[0]
+
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        for prompt in ("Once upon a time", ids, [ids]):
+            answer = (await client.post(COMPLETE, json=PROMPT | {"prompt": prompt, "logprobs": 2})).json()
+            assert answer["object"] == "text_completion"
+            (choice,) = answer["choices"]
+            assert (choice["text"], choice["finish_reason"]) == (expected.text, "length")
+            found = choice["logprobs"]
+            assert expected.logprobs is not None
+            assert found["token_logprobs"] == [drawn.logprob for drawn in expected.logprobs]
+            assert "".join(found["tokens"]) == expected.text
+            assert [expected.text[place:][:1] for place in found["text_offset"]] == [t[:1] for t in found["tokens"]]
+            assert all(len(top) == 2 for top in found["top_logprobs"])
+            assert answer["usage"]["completion_tokens"] == 16
+
+    ask(use)
+
+
+def test_choices_of_several_prompts_stand_in_their_order(ask: Ask, llm: LLM) -> None:
+    prompts = ["Once upon a time", "def add("]
+    params = llm.default_params(temperature=1, seed=4, n=2, max_tokens=5)
+    expected = [one for group in llm.generate(prompts, params) for one in group]
+
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        body = PROMPT | {"prompt": prompts, "n": 2, "temperature": 1, "seed": 4, "max_tokens": 5}
+        answer = (await client.post(COMPLETE, json=body)).raise_for_status().json()
+        assert [one["text"] for one in answer["choices"]] == [one.text for one in expected]
+        assert [one["index"] for one in answer["choices"]] == [0, 1, 2, 3]
+        assert answer["usage"]["prompt_tokens"] == expected[0].prompt_tokens + expected[2].prompt_tokens
+        assert answer["usage"]["completion_tokens"] == sum(len(one.token_ids) for one in expected)
+
+    ask(use)
+
+
+def test_of_several_prompts_none_stays_when_one_is_refused(ask: Ask) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        body = PROMPT | {"prompt": [[5, 6], [10**6]], "max_tokens": 400, "ignore_eos": True}
+        response = await client.post(COMPLETE, json=body)
+        assert (response.status_code, "1000000" in response.json()["error"]["message"]) == (400, True)
+
+    ask(use)
+
+
+def test_a_streamed_completion_adds_up(ask: Ask) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        whole = (await client.post(COMPLETE, json=PROMPT | {"logprobs": 1})).json()["choices"][0]
+        response = await client.post(COMPLETE, json=PROMPT | {"logprobs": 1, "stream": True})
+        pieces = [choice for event in events_of(response.text) for choice in event["choices"]]
+        assert "".join(piece["text"] for piece in pieces) == whole["text"]
+        offsets = [place for piece in pieces for place in piece["logprobs"]["text_offset"]]
+        assert offsets == whole["logprobs"]["text_offset"]
+        assert (await client.post(COMPLETE, json=PROMPT | {"stream": True, "prompt": ["a", "b"]})).status_code == 400
+
+    ask(use)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["dog", "cat"]}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_a_schema_is_kept(ask: Ask) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "pet", "schema": SCHEMA, "strict": True}}
+
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        body = BODY | {"response_format": form, "max_tokens": 100, "temperature": 1, "seed": 1, "n": 3}
+        for choice in (await client.post(CHAT, json=body)).raise_for_status().json()["choices"]:
+            assert choice["finish_reason"] == "stop"
+            assert jsonschema_rs.is_valid(SCHEMA, json.loads(choice["message"]["content"]))
+        broken = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
+        for stream in (False, True):
+            response = await client.post(CHAT, json=BODY | {"response_format": broken, "stream": stream})
+            assert response.status_code == 400
+        missing = await client.post(CHAT, json=BODY | {"response_format": {"type": "json_schema"}})
+        assert missing.json()["error"]["param"] == "response_format"
+
+    ask(use)
+
+
+def test_any_object_of_json_is_one(ask: Ask) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        body = BODY | {"response_format": {"type": "json_object"}, "temperature": 1, "seed": 2, "max_tokens": 10}
+        content = (await client.post(CHAT, json=body)).json()["choices"][0]["message"]["content"]
+        assert content.startswith("{")
+
+    ask(use)
+
+
+def test_text_becomes_tokens_and_comes_back(ask: Ask, llm: LLM) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        text = "À bientôt, 你好 🙂<|im_end|>"
+        found = (await client.post("/tokenize", json={"prompt": text})).json()
+        assert found == {"tokens": llm.encoded(text), "count": len(llm.encoded(text)), "max_model_len": 512}
+        assert (await client.post("/detokenize", json={"tokens": found["tokens"]})).json() == {"prompt": text}
+        assert (await client.post("/detokenize", json={"tokens": [10**6]})).status_code == 400
+        assert (await client.post("/detokenize", json={"tokens": [-1]})).status_code == 400
+        assert (await client.post("/tokenize", json={"prompt": "a", "model": "other"})).status_code == 404
+
+    ask(use)
+
+
+def test_ready_is_what_has_just_written_a_token(ask: Ask) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        answers = await asyncio.gather(*(client.get("/ready") for _ in range(3)))
+        assert [answer.json() for answer in answers] == [{"ready": True, "reason": None}] * 3
+        assert engine.figures.output_tokens == 1
+        await engine.close()
+        assert (await client.get("/ready")).status_code == 503
+
+    ask(use, ServerConfig(api_keys=("key",)))
+
+
+def test_a_trial_that_takes_too_long_is_not_ready(ask: Ask) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        response = await client.get("/ready")
+        assert (response.status_code, response.json()["ready"]) == (503, False)
+
+    ask(use, ServerConfig(ready_seconds=0))
+
+
+def test_metrics_are_the_engines_figures(ask: Ask) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        await client.post(COMPLETE, json=PROMPT | {"max_tokens": 7, "ignore_eos": True, "stream": True})
+        await client.post(COMPLETE, json=PROMPT | {"max_tokens": 0})
+        text = (await client.get("/metrics")).text
+        found = {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+        assert found["qwen3_next_output_tokens_total",] == 7
+        assert found["qwen3_next_finished_requests_total", "length"] == 1
+        assert found["qwen3_next_time_to_first_token_seconds_count",] == 1
+        assert found["qwen3_next_inter_token_seconds_count",] == 6
+        assert found["qwen3_next_http_errors_total", "400"] == 1
+        assert found["qwen3_next_open_requests",] == 0
+        assert found["qwen3_next_pages", "used"] == engine.figures.memory.used_pages
+        assert found["qwen3_next_healthy",] == 1
+
+    ask(use)
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/responses"])
+def test_other_interfaces_are_refused_by_name(ask: Ask, path: str) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        response = await client.post(path, json={})
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "not_served")
+        assert path in response.json()["error"]["message"]
 
     ask(use)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
@@ -18,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from qwen3_next.engine import AsyncEngine, StreamUpdate
 from qwen3_next.errors import CapacityError, InputError, OverloadedError, Qwen3NextError
 from qwen3_next.server import bridge, schema
+from qwen3_next.server.metrics import Metrics
 
 logger = logging.getLogger("qwen3_next.server")
 
@@ -72,17 +74,26 @@ class _Routes:
     def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
         self.engine, self.config = engine, config
         self.started = int(time.time())
+        self.metrics = Metrics(engine)
+        self._trial: asyncio.Task[str | None] | None = None
 
     def open(self) -> APIRouter:
         router = APIRouter()
         router.add_api_route("/health", self.health, methods=["GET"])
+        router.add_api_route("/ready", self.ready, methods=["GET"])
         return router
 
     def guarded(self) -> APIRouter:
         router = APIRouter()
         router.add_api_route("/v1/models", self.models, methods=["GET"])
         router.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
+        router.add_api_route("/metrics", self.figures, methods=["GET"])
         router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
+        router.add_api_route("/v1/completions", self.complete, methods=["POST"])
+        router.add_api_route("/tokenize", self.tokenize, methods=["POST"])
+        router.add_api_route("/detokenize", self.detokenize, methods=["POST"])
+        for path in ("/v1/embeddings", "/v1/responses"):
+            router.add_api_route(path, self.refuse, methods=["POST"])
         return router
 
     def require_key(self, request: Request) -> None:
@@ -97,6 +108,29 @@ class _Routes:
         is_healthy = self.engine.is_healthy
         return JSONResponse({"status": "ok" if is_healthy else "failed"}, 200 if is_healthy else 503)
 
+    async def ready(self) -> Response:
+        """Whether a token can be written now; whoever asks meanwhile waits for the same trial."""
+        if self._trial is None or self._trial.done():
+            self._trial = asyncio.ensure_future(self._tried())
+        reason = await asyncio.shield(self._trial)
+        return JSONResponse({"ready": reason is None, "reason": reason}, 200 if reason is None else 503)
+
+    async def _tried(self) -> str | None:
+        llm = self.engine.llm
+        params = llm.default_params(temperature=0, max_tokens=1)
+        try:
+            async with asyncio.timeout(self.config.ready_seconds):
+                (completion,) = await self.engine.generate(llm.encoded("a"), params, priority=2**20)
+            bridge.raise_for(completion)
+        except TimeoutError:
+            return f"no token within {self.config.ready_seconds} seconds"
+        except Qwen3NextError as error:
+            return str(error)
+        return None
+
+    async def figures(self) -> Response:
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
     async def models(self) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})
 
@@ -107,12 +141,32 @@ class _Routes:
     async def chat(self, request: Request) -> Response:
         return await self._generate(request, await self._body(request, schema.ChatRequest))
 
+    async def complete(self, request: Request) -> Response:
+        return await self._generate(request, await self._body(request, schema.CompletionRequest))
+
+    async def tokenize(self, request: Request) -> Response:
+        body = await self._body(request, schema.TokenizeRequest)
+        if body.model is not None:
+            self._require_model(body.model)
+        tokens = await asyncio.to_thread(self.engine.llm.encoded, body.prompt)
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self._max_context()})
+
+    async def detokenize(self, request: Request) -> Response:
+        body = await self._body(request, schema.DetokenizeRequest)
+        if body.model is not None:
+            self._require_model(body.model)
+        return JSONResponse({"prompt": await asyncio.to_thread(bridge.text_of, self.engine.llm, body.tokens)})
+
+    async def refuse(self, request: Request) -> Response:
+        message = f"{request.url.path} is not served. Use /v1/chat/completions or /v1/completions."
+        raise RequestError(404, message, code="not_served")
+
     async def _generate(self, request: Request, body: schema.ChatRequest | schema.CompletionRequest) -> Response:
         self._require_model(body.model)
         job = await asyncio.to_thread(bridge.job_of, self.engine.llm, body)
         if not body.stream:
             return JSONResponse(await _unless_gone(request, bridge.answer(self.engine, job)))
-        updates = self.engine.stream(job.prompts[0], job.params)
+        updates = self.metrics.timed(self.engine.stream(job.prompts[0], job.params))
         try:
             first = await _unless_gone(request, anext(updates))  # what is refused has a status of its own
             bridge.raise_for(first)
@@ -129,14 +183,19 @@ class _Routes:
                 raise RequestError(413, f"the request is longer than the {most} bytes that are allowed. Shorten it.")
         return kind.model_validate_json(bytes(data))
 
-    def _require_model(self, name: str | None) -> None:
+    def _require_model(self, name: str) -> None:
         if name != self.config.model_name:
             served = self.config.model_name
             message = f"the model {name!r} is not here. Allowed: {served!r}."
             raise RequestError(404, message, param="model", code="model_not_found")
 
     def _card(self) -> bridge.Json:
-        return {"id": self.config.model_name, "object": "model", "created": self.started, "owned_by": "qwen3-next"}
+        name, context = self.config.model_name, self._max_context()
+        card = {"id": name, "object": "model", "created": self.started, "owned_by": "qwen3-next"}
+        return {**card, "max_model_len": context}
+
+    def _max_context(self) -> int | None:
+        return self.engine.llm.engine.division.limits.max_context
 
     async def explain(self, request: Request, error: Exception) -> Response:
         """Any exception as an answer."""
@@ -165,6 +224,7 @@ class _Routes:
         kind = {401: "authentication_error", 429: "overloaded_error"}.get(
             status, "invalid_request_error" if status < 500 else "server_error"
         )
+        self.metrics.errors.labels(status).inc()
         if status >= 500:
             logger.error("%s %s: %s", request.method, request.url.path, error)
         return JSONResponse(bridge.failure(message, kind, param, code), status, headers)

@@ -229,6 +229,20 @@ class _Answers:
         return {"token": text, "logprob": score, "bytes": list(data)}
 
 
+def text_of(llm: LLM, tokens: Sequence[int]) -> str:
+    """What tokens write, the names of special ones included.
+
+    Raises:
+        InputError: one that the tokenizer does not have.
+    """
+    tokenizer = llm.engine.loaded.tokenizer
+    size = tokenizer.get_vocab_size()
+    wrong = [token for token in tokens if token >= size]
+    if wrong:
+        raise InputError(f"tokens: {wrong[0]} is not the model's. Allowed: 0 to {size - 1}.")
+    return tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+
 def token_bytes(llm: LLM, token: int) -> bytes:
     """What a token of a byte-level tokenizer writes; the name of a special one."""
     name = llm.engine.loaded.tokenizer.id_to_token(token) or ""
