@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from qwen3_next.server.schema import REFUSED, ChatRequest, CompletionRequest, explained
+from qwen3_next.server.schema import REFUSED, ChatRequest, CompletionRequest, DetokenizeRequest, explained
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 
@@ -44,3 +44,31 @@ def test_other_prompts_are_refused(prompt: object) -> None:
     _, param = explained(caught.value)
     assert param is not None
     assert param.startswith("prompt")
+
+
+MANY = 3000
+BASE = {"model": "m", "prompt": "x"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": "m", "prompt": [True] * MANY},
+        {"model": "m", "prompt": [[True]] * MANY},
+        {"model": "m", "prompt": [[True] * MANY]},
+        {"model": "m", "messages": [{}] * MANY},
+        {"model": "m", "messages": [{"role": "user", "content": [{}] * MANY}]},
+        BASE | {"stop": [1] * MANY},
+        BASE | {"stop_token_ids": [""] * MANY},
+        BASE | {"metadata": dict.fromkeys(map(str, range(MANY)), 1)},
+        BASE | {"logit_bias": dict.fromkeys(map(str, range(MANY)), "x")},
+        BASE | dict.fromkeys(map(str, range(MANY)), 1),
+        {"tokens": [-1] * MANY},
+    ],
+    ids=lambda body: ",".join(body)[:30],
+)
+def test_thousands_of_mistakes_are_not_all_written_down(body: dict[str, object]) -> None:
+    kind = ChatRequest if "messages" in body else DetokenizeRequest if "tokens" in body else CompletionRequest
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() < 10

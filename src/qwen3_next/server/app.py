@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from qwen3_next.engine import AsyncEngine, StreamUpdate
@@ -52,10 +53,6 @@ class RequestError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
 
 
-class Gone(Exception):  # noqa: N818 - nobody is there whom it could be an error for
-    """The client has left."""
-
-
 def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastAPI:
     """The ASGI application; whoever calls this closes the engine.
 
@@ -65,7 +62,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastA
     routes = _Routes(engine, config or ServerConfig())
     app.include_router(routes.open())
     app.include_router(routes.guarded(), dependencies=[Depends(routes.require_key)])
-    for kind in (RequestError, Gone, ValidationError, HTTPException, Qwen3NextError, Exception):
+    for kind in (RequestError, ClientDisconnect, ValidationError, HTTPException, Qwen3NextError, Exception):
         app.add_exception_handler(kind, routes.explain)
     return app
 
@@ -146,15 +143,13 @@ class _Routes:
 
     async def tokenize(self, request: Request) -> Response:
         body = await self._body(request, schema.TokenizeRequest)
-        if body.model is not None:
-            self._require_model(body.model)
+        self._require_model(body.model)
         tokens = await asyncio.to_thread(self.engine.llm.encoded, body.prompt)
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self._max_context()})
 
     async def detokenize(self, request: Request) -> Response:
         body = await self._body(request, schema.DetokenizeRequest)
-        if body.model is not None:
-            self._require_model(body.model)
+        self._require_model(body.model)
         return JSONResponse({"prompt": await asyncio.to_thread(bridge.text_of, self.engine.llm, body.tokens)})
 
     async def refuse(self, request: Request) -> Response:
@@ -183,16 +178,14 @@ class _Routes:
                 raise RequestError(413, f"the request is longer than the {most} bytes that are allowed. Shorten it.")
         return kind.model_validate_json(bytes(data))
 
-    def _require_model(self, name: str) -> None:
-        if name != self.config.model_name:
-            served = self.config.model_name
-            message = f"the model {name!r} is not here. Allowed: {served!r}."
+    def _require_model(self, name: str | None) -> None:
+        if name not in (None, self.config.model_name):
+            message = f"the model {name!r} is not here. Allowed: {self.config.model_name!r}."
             raise RequestError(404, message, param="model", code="model_not_found")
 
     def _card(self) -> bridge.Json:
-        name, context = self.config.model_name, self._max_context()
-        card = {"id": name, "object": "model", "created": self.started, "owned_by": "qwen3-next"}
-        return {**card, "max_model_len": context}
+        name = {"id": self.config.model_name, "object": "model", "created": self.started}
+        return {**name, "owned_by": "qwen3-next", "max_model_len": self._max_context()}
 
     def _max_context(self) -> int | None:
         return self.engine.llm.engine.division.limits.max_context
@@ -215,7 +208,7 @@ class _Routes:
                 status = 400
             case OverloadedError():
                 status, code, headers = 429, "overloaded", {"Retry-After": "1"}
-            case Gone():
+            case ClientDisconnect():  # nobody reads this
                 status = 499
             case Qwen3NextError():
                 status = 500 if self.engine.is_healthy else 503
@@ -246,13 +239,13 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> R
     """Wait for some work, but no longer than the client does.
 
     Raises:
-        Gone: the client left, and the work was cancelled.
+        ClientDisconnect: the client left, and the work was cancelled.
     """
     task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_leaving(request))
     try:
         await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Gone("the client has left.")
+            raise ClientDisconnect
         return task.result()
     finally:
         for one in (task, leaving):

@@ -27,9 +27,14 @@ REFUSED = {
 }
 """Fields of OpenAI's requests that are not served, and what to do instead."""
 
-Texts = Annotated[list[str], Field(min_length=1, max_length=16)]
-TokenIds = Annotated[list[int], Field(min_length=1)]
-Prompts = Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=128)]
+MOST_FIELDS = 1024
+
+# Lists stop at their first mistake: a report of millions would take the memory and the minutes of everybody.
+Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=128)]
+TokenIds = Annotated[list[int], Field(fail_fast=True, min_length=1)]
+ManyTokenIds = Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=128)]
+TokenName = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class Strict(BaseModel):
@@ -40,7 +45,11 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_null(cls, data: Any) -> Any:
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        if any(isinstance(one, dict) and len(one) > MOST_FIELDS for one in (data, *data.values())):
+            raise ValueError(f"an object has more than {MOST_FIELDS} fields")
+        return {name: value for name, value in data.items() if value is not None}
 
 
 class TextPart(Strict):
@@ -54,7 +63,7 @@ class Message(Strict):
     """One turn; pieces are joined with nothing between them."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=4096)]
 
     def for_template(self) -> dict[str, str]:
         """As chat templates want it; they know "developer" by its older name."""
@@ -109,7 +118,7 @@ class Sampled(Strict):
     model: str
     frequency_penalty: float = 0.0
     ignore_eos: bool = False
-    logit_bias: Annotated[dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], float], Field(max_length=1024)] = {}
+    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=MOST_FIELDS)] = {}
     max_tokens: int | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
     min_p: float | None = None
@@ -119,8 +128,8 @@ class Sampled(Strict):
     repetition_penalty: float | None = None
     response_format: ResponseFormat = ResponseFormat(type="text")
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: str | Texts = Field(default_factory=list[str])
-    stop_token_ids: Annotated[list[int], Field(max_length=128)] = []
+    stop: str | Annotated[Texts, Field(max_length=16)] = Field(default_factory=list[str])
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=128)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: float | None = None
@@ -138,7 +147,7 @@ class Sampled(Strict):
 class ChatRequest(Sampled):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -155,7 +164,7 @@ class ChatRequest(Sampled):
 class CompletionRequest(Sampled):
     """POST /v1/completions; OpenAI's answers have 16 tokens where nothing else is said."""
 
-    prompt: str | TokenIds | Prompts
+    prompt: str | Texts | TokenIds | ManyTokenIds
     max_tokens: int | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -184,7 +193,7 @@ class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]
 
 
 def explained(error: ValidationError) -> tuple[str, str | None]:
