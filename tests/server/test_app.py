@@ -10,8 +10,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.server.conftest import Ask
 
-from qwen3_next.engine import LLM, AsyncEngine
-from qwen3_next.server import ServerConfig
+from qwen3_next.engine import LLM, AsyncEngine, Engine, Output
+from qwen3_next.errors import CheckpointError
+from qwen3_next.server import ServerConfig, create_app
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Tell me a story about a dog."}]
@@ -411,5 +412,105 @@ def test_other_interfaces_are_refused_by_name(ask: Ask, path: str) -> None:
         response = await client.post(path, json={})
         assert (response.status_code, response.json()["error"]["code"]) == (404, "not_served")
         assert path in response.json()["error"]["message"]
+
+    ask(use)
+
+
+class Fails:
+    """Makes a step of the engine fail, counted from the first after `after` tokens were written."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+        step, self.written, self.has_failed = Engine.step, 0, False
+
+        def failing(engine: Engine) -> list[Output]:
+            if self.written >= after and not self.has_failed:
+                self.has_failed = True
+                raise RuntimeError("a cable was pulled")
+            outputs = step(engine)
+            self.written += sum(len(output.state.tokens) for output in outputs)
+            return outputs
+
+        monkeypatch.setattr(Engine, "step", failing)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_step_that_fails_is_the_servers_mistake_and_the_next_request_is_served(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    Fails(monkeypatch, after=0)
+
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        response = await client.post(CHAT, json=BODY | {"stream": stream})
+        assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
+        assert (await client.post(CHAT, json=BODY | {"stream": stream})).status_code == 200
+
+    ask(use)
+
+
+def test_a_stream_that_fails_half_way_says_so_at_its_end(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    Fails(monkeypatch, after=3)
+
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        response = await client.post(CHAT, json=BODY | {"stream": True, "ignore_eos": True})
+        *events, last = events_of(response.text)
+        assert len(text_of(events)) > 0
+        assert last["error"]["type"] == "server_error"
+
+    ask(use)
+
+
+def test_a_mistake_of_our_own_is_not_shown(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LLM, "render", lambda *_: 1 // 0)
+
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        response = await client.post(CHAT, json=BODY)
+        assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
+        assert "division" not in response.text
+
+    ask(use)
+
+
+def test_messages_that_the_template_refuses_are_the_clients_mistake(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> str:
+        raise CheckpointError("the model's chat template cannot render the messages (no).")
+
+    monkeypatch.setattr(LLM, "render", refuse)
+
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        response = await client.post(CHAT, json=BODY)
+        assert (response.status_code, "template" in response.json()["error"]["message"]) == (400, True)
+
+    ask(use)
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_request_is_no_failure(ask: Ask) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        sent: list[Any] = []
+        received = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+        async def receive() -> Any:
+            return next(received)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [], "query_string": b""}
+        await create_app(engine)(scope, receive, send)
+        assert sent[0]["status"] == 499
+
+    ask(use)
+
+
+def test_many_at_a_time_get_what_each_gets_alone(ask: Ask, llm: LLM) -> None:
+    prompts = [f"Story number {number}:" for number in range(12)]
+    params = [llm.default_params(seed=number, temperature=1, max_tokens=8) for number in range(12)]
+    expected = [one.text for (one,) in llm.generate(prompts, params)]
+
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        bodies = [
+            PROMPT | {"prompt": text, "seed": i, "temperature": 1, "max_tokens": 8} for i, text in enumerate(prompts)
+        ]
+        answers = await asyncio.gather(*(client.post(COMPLETE, json=body) for body in bodies))
+        assert [answer.json()["choices"][0]["text"] for answer in answers] == expected
 
     ask(use)

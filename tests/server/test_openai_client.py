@@ -4,7 +4,9 @@ from typing import Any
 
 import openai
 import pytest
+from langchain_openai import ChatOpenAI
 from openai import OpenAI
+from pydantic import SecretStr
 
 from qwen3_next.engine import LLM
 
@@ -54,3 +56,22 @@ def test_a_stream_that_is_left_ends_in_the_engine(client: OpenAI) -> None:
     metrics = ""
     while "qwen3_next_open_requests 0.0" not in metrics:
         metrics = client.with_options(max_retries=0).get("../metrics", cast_to=str)
+
+
+def test_langchain_talks_to_it(client: OpenAI) -> None:
+    model = ChatOpenAI(base_url=str(client.base_url), api_key=SecretStr("none"), model="qwen3-next", temperature=0)
+    short = model.bind(max_tokens=12)
+    answer = short.invoke([("system", "Be brief."), ("human", "Tell me a story about a dog.")])
+    assert answer.content
+    pieces = list(short.stream([("system", "Be brief."), ("human", "Tell me a story about a dog.")]))
+    assert "".join(str(piece.content) for piece in pieces) == answer.content
+    form = {
+        "title": "pet",
+        "type": "object",
+        "properties": {"name": {"enum": ["dog", "cat"]}},
+        "required": ["name"],
+        "additionalProperties": False,
+    }
+    found = model.with_structured_output(form, method="json_schema").invoke("Name a pet.")
+    assert isinstance(found, dict)
+    assert found["name"] in ("dog", "cat")
