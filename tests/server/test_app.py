@@ -124,6 +124,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
     ({"messages": []}, "messages"),
     ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"1": 101}}, "logit_bias.1"),
 ]
 
 
@@ -197,10 +198,13 @@ def test_keys_guard_all_but_health(ask: Ask) -> None:
                 response = await client.request(method, path, headers=wrong)
                 assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
         assert (await client.get("/v1/models", headers=right)).status_code == 200
+        assert (
+            await client.get("/v1/models", headers={"Authorization": "Bearer dritter Schlüssel".encode()})
+        ).is_success
         assert (await client.post(CHAT, json=BODY, headers=right)).status_code == 200
         assert (await client.get("/health")).json() == {"status": "ok"}
 
-    ask(use, ServerConfig(api_keys=("first", "second")))
+    ask(use, ServerConfig(api_keys=("first", "second", "dritter Schlüssel")))
 
 
 def test_models_are_listed_and_others_are_not_here(ask: Ask) -> None:
