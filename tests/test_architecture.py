@@ -44,7 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "auto": {"errors", "config", "model"},
     "train": {"errors", "config", "ops", "model"},
     "engine": {"errors", "config", "ops", "model"},
-    "cli": {"errors", "config", "ops", "model", "auto", "train", "engine"},
+    "server": {"errors", "engine"},
+    "cli": {"errors", "config", "ops", "model", "auto", "train", "engine", "server"},
     "__init__": {"errors", "config", "ops", "model", "auto", "engine"},
 }
 ENTRY_POINTS = {"cli.py", "__main__.py"}

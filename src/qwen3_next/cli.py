@@ -1,4 +1,4 @@
-"""The command line: `qwen3-next generate | chat | batch | bench | train | info | doctor`.
+"""The command line: `qwen3-next generate | chat | batch | serve | bench | train | info | doctor`.
 
 torch is imported inside the commands, so that `--help` answers at once. Whatever goes wrong on purpose
 (`Qwen3NextError`, a wrong option) is one line on stderr and exit code 2; Ctrl-C is exit code 130, and 1 is for an
@@ -26,7 +26,7 @@ RED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
-    help="Qwen3-Next: write text, talk, answer files of prompts, measure, train; what models need and machines do.",
+    help="Qwen3-Next: write text, talk, answer files, serve, measure, train; what models need and machines do.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -160,6 +160,38 @@ def batch(
     defaults = options.changes(llm.engine.loaded.generation) | {"seed": seed, "max_tokens": max_tokens}
     count = answer_file(llm, prompts, answers, defaults, progress=sys.stderr.isatty())
     Console(soft_wrap=True, highlight=False).print(f"{count:,} prompts answered into {answers}")
+
+
+@app.command()
+def serve(
+    model: ModelName = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; others than this machine's need keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for one that is free.")] = 8000,
+    api_key_file: Annotated[Path | None, typer.Option(help="Keys, one a line; clients send one of them.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Serve everyone who reaches the host.")] = False,
+    served_model_name: Annotated[str | None, typer.Option(help="Left out, --model, or qwen3-next.")] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Requests that are computed at the same time.")] = 64,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait beyond these.")] = 1024,
+    max_context: Annotated[int | None, typer.Option(min=2, help="Tokens of a prompt and its answer.")] = None,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="For open requests at the end.")] = 30.0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Serve OpenAI's completions over HTTP until Ctrl-C."""
+    from qwen3_next.cli_serve import read_keys
+    from qwen3_next.server import RunConfig, ServerConfig, run
+
+    config = RunConfig(
+        host=host,
+        port=port,
+        is_insecure=insecure,
+        max_waiting=max_waiting,
+        drain_seconds=drain_seconds,
+        server=ServerConfig(model_name=served_model_name or model or "qwen3-next", api_keys=read_keys(api_key_file)),
+    )
+    run(_llm(model, dtype, device, sequences, max_context), config)
 
 
 @app.command()

@@ -118,6 +118,20 @@ def test_streams_side_by_side_give_what_generate_gives_alone(llm: LLM) -> None:
     assert figures.failed_steps == 0
 
 
+def test_each_sample_ends_once_while_others_go_on(llm: LLM) -> None:
+    params = SamplingParams(temperature=2, seed=3, n=3, max_tokens=30)
+    (alone,) = llm.generate(PROMPTS[0], params)
+    early = SamplingParams(temperature=2, seed=3, n=3, max_tokens=30, stop_token_ids=alone[0].token_ids[:1])
+
+    async def use_it(engine: AsyncEngine) -> None:
+        updates = await collect(engine.stream(PROMPTS[0], early))
+        ends = [(update.sample, update.finish) for update in updates if update.finish]
+        assert sorted(sample for sample, _ in ends) == [0, 1, 2]
+        assert {finish for _, finish in ends} == {FinishReason.STOP, FinishReason.LENGTH}
+
+    run(llm, use_it)
+
+
 def test_samples_of_a_prompt_are_told_apart(llm: LLM) -> None:
     params = SamplingParams(temperature=2, seed=3, n=3, max_tokens=6)
     (alone,) = llm.generate(PROMPTS[0], params)

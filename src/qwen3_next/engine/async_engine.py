@@ -122,11 +122,12 @@ class AsyncEngine:
         """
         channel = self._open(prompt, params, priority, request_id, as_whole=False)
         try:
-            is_open = True
+            is_open, growing = True, list(channel.growing.values())
             while is_open:
                 await channel.news.wait()
                 with self._changed:
-                    updates = [update for one in channel.growing.values() if (update := one.take())]
+                    updates = [update for one in growing if (update := one.take())]
+                    growing = [one for one in growing if not one.has_ended]  # an end is told once
                     is_open = self._look(channel)
                 for update in updates:
                     yield update

@@ -1,0 +1,264 @@
+"""Between OpenAI's objects and the engine's: requests become prompts and parameters, answers become JSON."""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen3_next.engine import LLM, AsyncEngine, Completion, FinishReason, SamplingParams, StreamUpdate, Structured
+from qwen3_next.errors import CheckpointError, EngineError, InputError, Qwen3NextError
+from qwen3_next.server.schema import ChatRequest, CompletionRequest, Sampled
+
+LEAST_LOGPROB = -9999.0
+"""JSON has no infinity; this is OpenAI's number for a token that cannot come."""
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A request as the engine takes it.
+
+    Attributes:
+        prompts: token ids of each.
+    """
+
+    body: ChatRequest | CompletionRequest
+    prompts: Sequence[Sequence[int]]
+    params: SamplingParams
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether messages come back, and not plain text."""
+        return isinstance(self.body, ChatRequest)
+
+
+def job_of(llm: LLM, body: ChatRequest | CompletionRequest) -> Job:
+    """Render, tokenise and check a request; takes a while for long prompts.
+
+    Raises:
+        InputError: a value that the engine does not serve, or messages that the chat template does not render.
+    """
+    if isinstance(body, CompletionRequest):
+        prompts = [llm.encoded(one) if isinstance(one, str) else one for one in body.prompts()]
+        return Job(body=body, prompts=prompts, params=_params(llm, body, body.max_tokens, body.logprobs))
+    try:
+        text = llm.render([message.for_template() for message in body.messages])
+    except CheckpointError as error:
+        raise InputError(str(error)) from error
+    most = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    reported = (body.top_logprobs or 0) if body.logprobs else None
+    return Job(body=body, prompts=[llm.encoded(text)], params=_params(llm, body, most, reported))
+
+
+async def answer(engine: AsyncEngine, job: Job) -> Json:
+    """The whole answer.
+
+    Raises:
+        Qwen3NextError: the engine refused it, or failed.
+    """
+    tasks = [asyncio.ensure_future(engine.generate(prompt, job.params)) for prompt in job.prompts]
+    try:
+        groups = await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:  # of several prompts the others, where one is refused
+            task.cancel()
+    answers = _Answers(engine.llm, job)
+    choices: list[Json] = []
+    for group in groups:
+        for completion in group:
+            raise_for(completion)
+            answers.count(len(choices) // job.params.n, len(choices), completion, len(completion.token_ids))
+            choices.append(answers.choice(len(choices), completion))
+    return answers.envelope(choices, is_chunk=False) | {"usage": answers.usage()}
+
+
+async def chunks(
+    engine: AsyncEngine, job: Job, updates: AsyncIterator[StreamUpdate], first: StreamUpdate
+) -> AsyncGenerator[str]:
+    """Server-sent events of a stream whose first update was taken; a failure half-way is the last of them."""
+    answers = _Answers(engine.llm, job)
+    options = job.body.stream_options
+    with_usage = options is not None and options.include_usage
+    empty = {"usage": None} if with_usage else {}
+    try:
+        if job.is_chat:
+            for index in range(job.params.n):
+                yield _event(answers.envelope([answers.opening(index)], is_chunk=True) | empty)
+        update: StreamUpdate | None = first
+        while update is not None:
+            raise_for(update)
+            answers.count(0, update.sample, update, update.output_tokens)
+            if update.text or update.finish or update.logprobs:
+                yield _event(answers.envelope([answers.piece(update)], is_chunk=True) | empty)
+            update = await anext(updates, None)
+        if with_usage:
+            yield _event(answers.envelope([], is_chunk=True) | {"usage": answers.usage()})
+    except Qwen3NextError as error:
+        yield _event(failure(str(error), "server_error"))
+    yield "data: [DONE]\n\n"
+
+
+def raise_for(outcome: Completion | StreamUpdate) -> None:
+    """Raise what a request ended with, if that is no answer."""
+    if outcome.error is not None:
+        raise outcome.error
+    if outcome.finish is FinishReason.ABORT:
+        raise EngineError("the server shuts down and did not finish this answer; try again.")
+
+
+def failure(message: str, kind: str, param: str | None = None, code: str | None = None) -> Json:
+    """An error in OpenAI's shape."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _params(llm: LLM, body: Sampled, most: int | None, logprobs: int | None) -> SamplingParams:
+    schema = body.response_format.schema_of()
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return llm.default_params(
+        **{name: value for name in names if (value := getattr(body, name)) is not None},
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias={int(token): bias for token, bias in body.logit_bias.items()},
+        seed=None if body.seed is None else body.seed % 2**64,
+        n=body.n,
+        logprobs=logprobs,
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
+        stop_token_ids=tuple(body.stop_token_ids),
+        ignore_eos=body.ignore_eos,
+        min_tokens=body.min_tokens,
+        max_tokens=most,
+        structured=None if schema is None else Structured(kind="json_schema", grammar=json.dumps(schema)),
+    )
+
+
+@dataclass(eq=False)
+class _Answers:
+    """Writes the choices of one request, and counts its tokens."""
+
+    llm: LLM
+    job: Job
+    prompt_tokens: dict[int, int] = field(default_factory=dict[int, int])
+    cached_tokens: dict[int, int] = field(default_factory=dict[int, int])
+    output_tokens: dict[int, int] = field(default_factory=dict[int, int])
+    offsets: dict[int, int] = field(default_factory=dict[int, int])
+
+    def __post_init__(self) -> None:
+        self.name = f"{'chatcmpl' if self.job.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+
+    def count(self, prompt: int, index: int, outcome: Completion | StreamUpdate, output_tokens: int) -> None:
+        """Take note of an answer's tokens; a prompt counts once, by its first sample."""
+        self.prompt_tokens[prompt] = outcome.prompt_tokens
+        self.cached_tokens.setdefault(prompt, outcome.cached_tokens)
+        self.output_tokens[index] = output_tokens
+
+    def usage(self) -> Json:
+        """All that was counted."""
+        prompt, output = sum(self.prompt_tokens.values()), sum(self.output_tokens.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": output,
+            "total_tokens": prompt + output,
+            "prompt_tokens_details": {"cached_tokens": sum(self.cached_tokens.values())},
+        }
+
+    def envelope(self, choices: list[Json], *, is_chunk: bool) -> Json:
+        """What stands around choices."""
+        kind = "chat.completion" + (".chunk" if is_chunk else "") if self.job.is_chat else "text_completion"
+        return {
+            "id": self.name,
+            "object": kind,
+            "created": self.created,
+            "model": self.job.body.model,
+            "choices": choices,
+        }
+
+    def opening(self, index: int) -> Json:
+        """The first chunk of a message."""
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def choice(self, index: int, completion: Completion) -> Json:
+        """A whole answer."""
+        message = {"role": "assistant", "content": completion.text, "refusal": None}
+        return self._around(index, completion, {"message": message})
+
+    def piece(self, update: StreamUpdate) -> Json:
+        """What is new of an answer."""
+        return self._around(update.sample, update, {"delta": {"content": update.text} if update.text else {}})
+
+    def _around(self, index: int, outcome: Completion | StreamUpdate, content: Json) -> Json:
+        return {
+            "index": index,
+            **(content if self.job.is_chat else {"text": outcome.text}),
+            "logprobs": self._logprobs(index, outcome),
+            "finish_reason": None if outcome.finish is None else outcome.finish.value,
+        }
+
+    def _logprobs(self, index: int, outcome: Completion | StreamUpdate) -> Json | None:
+        if outcome.logprobs is None:
+            return None
+        tokens = [self._scored(drawn.token, drawn.logprob) for drawn in outcome.logprobs]
+        tops = [[self._scored(*pair) for pair in drawn.top_logprobs] for drawn in outcome.logprobs]
+        if self.job.is_chat:
+            content = [one | {"top_logprobs": top} for one, top in zip(tokens, tops, strict=True)]
+            return {"content": content, "refusal": None}
+        return {
+            "tokens": [one["token"] for one in tokens],
+            "token_logprobs": [one["logprob"] for one in tokens],
+            "top_logprobs": [{one["token"]: one["logprob"] for one in top} for top in tops],
+            "text_offset": list(self._advanced(index, tokens)),
+        }
+
+    def _advanced(self, index: int, tokens: Sequence[Json]) -> Iterator[int]:
+        for one in tokens:
+            yield self.offsets.setdefault(index, 0)
+            self.offsets[index] += len(one["token"])
+
+    def _scored(self, token: int | None, logprob: float | None) -> Json:
+        data = b"" if token is None else token_bytes(self.llm, token)
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:  # a part of a character; written so that each is another key
+            text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        score = LEAST_LOGPROB if logprob is None else max(logprob, LEAST_LOGPROB)
+        return {"token": text, "logprob": score, "bytes": list(data)}
+
+
+def text_of(llm: LLM, tokens: Sequence[int]) -> str:
+    """What tokens write, the names of special ones included.
+
+    Raises:
+        InputError: one that the tokenizer does not have.
+    """
+    tokenizer = llm.engine.loaded.tokenizer
+    size = tokenizer.get_vocab_size()
+    wrong = [token for token in tokens if token >= size]
+    if wrong:
+        raise InputError(f"tokens: {wrong[0]} is not the model's. Allowed: 0 to {size - 1}.")
+    return tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+
+def token_bytes(llm: LLM, token: int) -> bytes:
+    """What a token of a byte-level tokenizer writes; the name of a special one."""
+    name = llm.engine.loaded.tokenizer.id_to_token(token) or ""
+    known = [_BYTES.get(character) for character in name]
+    return name.encode() if None in known else bytes(byte for byte in known if byte is not None)
+
+
+def _byte_alphabet() -> Mapping[str, int]:
+    """The characters that stand for bytes in the names of tokens (GPT-2): what is printable for itself."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
+def _event(content: Json) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"

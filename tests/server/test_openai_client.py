@@ -1,0 +1,77 @@
+"""The official client against a real server."""
+
+from typing import Any
+
+import openai
+import pytest
+from langchain_openai import ChatOpenAI
+from openai import OpenAI
+from pydantic import SecretStr
+
+from qwen3_next.engine import LLM
+
+CHAT: dict[str, Any] = {
+    "model": "qwen3-next",
+    "messages": [{"role": "user", "content": "Tell me a story about a dog."}],
+    "temperature": 0,
+    "max_completion_tokens": 12,
+}
+PROMPT: dict[str, Any] = {"model": "qwen3-next", "prompt": "Once upon a time", "temperature": 0, "max_tokens": 9}
+
+
+def test_chat_and_its_stream_are_the_engines_own(client: OpenAI, llm: LLM) -> None:
+    answer = client.chat.completions.create(**CHAT, logprobs=True, top_logprobs=3)
+    content, scores = answer.choices[0].message.content, answer.choices[0].logprobs
+    assert content
+    assert scores is not None
+    assert scores.content is not None
+    assert b"".join(bytes(one.bytes or ()) for one in scores.content).decode() == content
+    assert all(len(one.top_logprobs) == 3 for one in scores.content)
+    assert all(one.logprob <= one.top_logprobs[0].logprob for one in scores.content)
+    chunks = list(client.chat.completions.create(**CHAT, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == content
+    assert chunks[-1].usage is not None
+    assert answer.usage is not None
+    assert chunks[-1].usage.total_tokens == answer.usage.total_tokens
+
+
+def test_completions_and_their_stream_are_alike(client: OpenAI) -> None:
+    answer = client.completions.create(**PROMPT)
+    chunks = list(client.completions.create(**PROMPT, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == answer.choices[0].text
+    assert chunks[-1].choices[0].finish_reason == answer.choices[0].finish_reason == "length"
+
+
+def test_mistakes_are_the_clients_own_exceptions(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        client.chat.completions.create(**CHAT, tools=[{"type": "function", "function": {"name": "f"}}])
+    with pytest.raises(openai.NotFoundError, match="other"):
+        client.completions.create(**PROMPT | {"model": "other"})
+    assert [model.id for model in client.models.list()] == ["qwen3-next"]
+
+
+def test_a_stream_that_is_left_ends_in_the_engine(client: OpenAI) -> None:
+    with client.chat.completions.create(**CHAT | {"max_completion_tokens": 400}, stream=True) as stream:
+        next(iter(stream))
+    metrics = ""
+    while "qwen3_next_open_requests 0.0" not in metrics:
+        metrics = client.with_options(max_retries=0).get("../metrics", cast_to=str)
+
+
+def test_langchain_talks_to_it(client: OpenAI) -> None:
+    model = ChatOpenAI(base_url=str(client.base_url), api_key=SecretStr("none"), model="qwen3-next", temperature=0)
+    short = model.bind(max_tokens=12)
+    answer = short.invoke([("system", "Be brief."), ("human", "Tell me a story about a dog.")])
+    assert answer.content
+    pieces = list(short.stream([("system", "Be brief."), ("human", "Tell me a story about a dog.")]))
+    assert "".join(str(piece.content) for piece in pieces) == answer.content
+    form = {
+        "title": "pet",
+        "type": "object",
+        "properties": {"name": {"enum": ["dog", "cat"]}},
+        "required": ["name"],
+        "additionalProperties": False,
+    }
+    found = model.with_structured_output(form, method="json_schema").invoke("Name a pet.")
+    assert isinstance(found, dict)
+    assert found["name"] in ("dog", "cat")
