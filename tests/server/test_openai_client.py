@@ -1,5 +1,7 @@
 """The official client against a real server."""
 
+import json
+import socket
 from typing import Any
 
 import openai
@@ -50,12 +52,32 @@ def test_mistakes_are_the_clients_own_exceptions(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["qwen3-next"]
 
 
+def wait_for(client: OpenAI, line: str) -> None:
+    while line not in client.get("../metrics", cast_to=str):
+        pass
+
+
 def test_a_stream_that_is_left_ends_in_the_engine(client: OpenAI) -> None:
     with client.chat.completions.create(**CHAT | {"max_completion_tokens": 400}, stream=True) as stream:
         next(iter(stream))
-    metrics = ""
-    while "qwen3_next_open_requests 0.0" not in metrics:
-        metrics = client.with_options(max_retries=0).get("../metrics", cast_to=str)
+    wait_for(client, "qwen3_next_open_requests 0.0")
+
+
+def test_an_answer_that_nobody_waits_for_ends_in_the_engine(client: OpenAI) -> None:
+    many = PROMPT | {"max_tokens": 400, "n": 30, "temperature": 1, "ignore_eos": True}
+    data = json.dumps(many).encode()
+    before = client.get("../metrics", cast_to=str)
+    assert client.base_url.port is not None
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as left:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: {len(data)}\r\n\r\n"
+        left.sendall(head.encode() + data)
+        wait_for(client, "qwen3_next_open_requests 30.0")
+    wait_for(client, "qwen3_next_open_requests 0.0")
+    after = client.get("../metrics", cast_to=str)
+    ended = [
+        line for line in after.splitlines() if line.startswith('qwen3_next_finished_requests_total{reason="length"')
+    ]
+    assert ended == [line for line in before.splitlines() if line in ended]
 
 
 def test_langchain_talks_to_it(client: OpenAI) -> None:
