@@ -1,5 +1,6 @@
 """The command line: what it writes, that it reads each token once, and that every fault is one line."""
 
+import functools
 import io
 import json
 import os
@@ -25,7 +26,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 import qwen3_next
-from qwen3_next import Qwen3NextConfig, Qwen3NextForCausalLM
+from qwen3_next import Qwen3NextConfig, Qwen3NextForCausalLM, engine
 from qwen3_next.cli import main
 from qwen3_next.cli_info import SHORT_CONTEXT, USABLE, capacity
 from qwen3_next.cli_text import SamplingOptions
@@ -119,7 +120,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
 
 @pytest.fixture
 def tokens_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each call of the network has read."""
+    """How many tokens each call of the network has read, of the text alone: there are no drafts."""
+    monkeypatch.setattr(engine, "EngineConfig", functools.partial(engine.EngineConfig, drafts=0))
     counts: list[int] = []
     run = Runner.run
 

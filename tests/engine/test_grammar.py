@@ -145,7 +145,7 @@ def test_batched_preempted_and_cached_equal_alone(checkpoint: Path) -> None:
     assert [one.finish for one in alone[1:3]] == [FinishReason.STOP] * 2
     expected = [one.token_ids for one in alone]
     assert ids(engine_of(checkpoint).generate(long, params)) == expected
-    llm = engine_of(checkpoint, max_context=192, memory_bytes=176_000)  # pages for one of them and a half
+    llm = engine_of(checkpoint, max_context=192, memory_bytes=176_000, drafts=0)  # pages for one of them and a half
     assert ids(llm.generate(long, params)) == expected
     assert llm.engine.scheduler.figures.preemptions > 0
     llm, twice = engine_of(checkpoint), prompts((130,))[0]

@@ -92,7 +92,7 @@ def test_none_of_the_likeliest_and_ids_that_only_fill_up_the_head(checkpoint: Pa
 
 def test_a_request_that_is_preempted_is_told_once(checkpoint: Path) -> None:
     """Behind its prompt, and in the middle of it."""
-    small = {"max_context": 192, "memory_bytes": 176_000}
+    small = {"max_context": 192, "memory_bytes": 176_000, "drafts": 0}
     long, params = prompts((60, 61, 62)), greedy(100, prompt_logprobs=TOP)
     whole = engine_of(checkpoint).generate(long, params)
     llm = engine_of(checkpoint, **small)

@@ -54,24 +54,26 @@ def copied(tensors: StepState | StepWeights, dtype: torch.dtype | None = None) -
     return dataclasses.replace(tensors, **changed)
 
 
-def assert_same_calls(layer: Layer, calls: Calls) -> None:
-    """Run them by the kernel, and by the definition in fp32; compare outputs and states."""
-    exact_weights, exact_state = copied(layer.weights, torch.float32), copied(layer.state, torch.float32)
-    tolerance = TOLERANCES["delta_net_step_", str(layer.dtype)[6:]][0]
+def assert_same_calls(layers: Sequence[Layer], calls: Calls) -> None:
+    """Run them by the kernel, and by the definition in fp32; compare states, and the outputs of all layers together."""
+    exact = [(copied(layer.weights, torch.float32), copied(layer.state, torch.float32)) for layer in layers]
+    tolerance = TOLERANCES["delta_net_step_", str(layers[0].dtype)[6:]][0]
     for lengths, verdict in calls:
-        qkvz, ba = layer.tokens(sum(lengths))
         segments, accepted = Segments.from_lengths(lengths), None if verdict is None else torch.tensor(verdict)
-        with use("reference"):
-            args = (exact_weights, exact_state, layer.slots, segments, accepted)
-            expected = delta_net_step_(qkvz.float(), ba.float(), *args)
-        with use("triton"):
-            output = delta_net_step_(qkvz, ba, layer.weights, layer.state, layer.slots, segments, accepted)
-        assert output.dtype == layer.dtype
-        assert relative_error(output, expected) <= tolerance
-        assert relative_error(layer.state.recurrent, exact_state.recurrent) <= tolerance
-        assert torch.equal(layer.state.conv.float(), exact_state.conv)
-        assert torch.equal(layer.state.pending_qkv.float(), exact_state.pending_qkv)
-        assert torch.equal(layer.state.pending_ba.float(), exact_state.pending_ba)
+        outputs, expected = list[Tensor](), list[Tensor]()
+        for layer, (exact_weights, exact_state) in zip(layers, exact, strict=True):
+            qkvz, ba = layer.tokens(sum(lengths))
+            with use("reference"):
+                args = (exact_weights, exact_state, layer.slots, segments, accepted)
+                expected.append(delta_net_step_(qkvz.float(), ba.float(), *args))
+            with use("triton"):
+                outputs.append(delta_net_step_(qkvz, ba, layer.weights, layer.state, layer.slots, segments, accepted))
+            assert outputs[-1].dtype == layer.dtype
+            assert relative_error(layer.state.recurrent, exact_state.recurrent) <= tolerance
+            assert torch.equal(layer.state.conv.float(), exact_state.conv)
+            assert torch.equal(layer.state.pending_qkv.float(), exact_state.pending_qkv)
+            assert torch.equal(layer.state.pending_ba.float(), exact_state.pending_ba)
+        assert relative_error(torch.cat(outputs), torch.cat(expected)) <= tolerance
 
 
 @pytest.mark.parametrize(("columns", "dtype"), [(SMALL, torch.float32), (ODD, torch.float32), (SMALL, torch.bfloat16)])
@@ -86,20 +88,22 @@ def assert_same_calls(layer: Layer, calls: Calls) -> None:
 )
 def test_equals_the_definition(calls: Calls, columns: ProjectionColumns, dtype: torch.dtype, fresh_seed: int) -> None:
     torch.manual_seed(fresh_seed)
-    assert_same_calls(Layer(columns, dtype, slots=[4, 0, 2]), calls)
+    # A few tokens of one small layer are too noisy a sample of what bf16 rounds away.
+    layers = [Layer(columns, dtype, slots=[4, 0, 2]) for _ in range(1 if dtype == torch.float32 else 8)]
+    assert_same_calls(layers, calls)
 
 
 @pytest.mark.parametrize("taps", [1, 2, 3])
 def test_fewer_taps(taps: int, fresh_seed: int) -> None:
     torch.manual_seed(fresh_seed)
     layer = Layer(SMALL, torch.float32, slots=[1, 2], taps=taps)
-    assert_same_calls(layer, [([1, 1], None), ([2, 3], [2, 0]), ([1, 3], [1, 3])])
+    assert_same_calls([layer], [([1, 1], None), ([2, 3], [2, 0]), ([1, 3], [1, 3])])
 
 
 def test_several_sequences(fresh_seed: int) -> None:
     torch.manual_seed(fresh_seed)
     layer = Layer(SMALL, torch.float32, slots=[3, 1, 0])
-    assert_same_calls(layer, [([1, 1, 1], None), ([1, 2, 0], [3, 0, 1])])
+    assert_same_calls([layer], [([1, 1, 1], None), ([1, 2, 0], [3, 0, 1])])
 
 
 @pytest.mark.parametrize("verdict", [None, [1, 2, 0]])
@@ -191,4 +195,4 @@ def test_published_sizes(count: int, dtype: torch.dtype, fresh_seed: int) -> Non
     uniform, none = [3] * count, [0] * count
     mixed = [n % 4 for n in range(count)]
     calls = [([1] * count, None), (uniform, none), (uniform, mixed), (mixed, mixed[::-1]), ([8] * count, None)]
-    assert_same_calls(layer, calls)
+    assert_same_calls([layer], calls)
