@@ -1,5 +1,6 @@
 """Logits, loss and gradients are those of transformers' Qwen3-Next."""
 
+import statistics
 from typing import Any
 
 import pytest
@@ -49,9 +50,11 @@ def test_router_of_a_single_normalised_expert_gets_no_gradient(fresh_seed: int) 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_bf16_logits_are_close_to_those_of_transformers_and_no_further_from_fp32(name: str, fresh_seed: int) -> None:
-    errors = bf16_errors(name, fresh_seed)
-    assert errors.ours_to_theirs < BF16_BOUND
-    assert errors.ours_to_fp32 < max(BF16_BOUND / 2, 1.5 * errors.theirs_to_fp32)
+    """The largest error of one model depends on a few roundings; the median of five models is compared."""
+    models = [bf16_errors(name, fresh_seed + offset) for offset in range(5)]
+    ours_to_theirs, ours, theirs = (statistics.median(errors) for errors in zip(*models, strict=True))
+    assert ours_to_theirs < BF16_BOUND
+    assert ours < max(BF16_BOUND / 2, 1.5 * theirs)
 
 
 def test_left_padding_changes_no_logit() -> None:
