@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import scramble, tiny_config
+from tests.engine.test_engine import memory_is_checked as memory_is_checked
 
 import qwen3_next
 from qwen3_next import Qwen3NextForCausalLM
@@ -51,18 +52,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ASSETS / name, directory)
     return directory
-
-
-@pytest.fixture(autouse=True)
-def memory_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Engine.step
-
-    def checked(engine: Engine) -> Any:
-        outputs = step(engine)
-        engine.scheduler.check()
-        return outputs
-
-    monkeypatch.setattr(Engine, "step", checked)
 
 
 def engine_of(model: Path | None, drafts: Any = 0, **limits: Any) -> LLM:
