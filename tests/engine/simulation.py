@@ -101,9 +101,10 @@ class Device:
         for order in sequence.snapshots:
             assert start < order.position <= start + len(new)
             self.slots[order.slot] = State(tuple(tokens[: order.position]))
-        state.tokens, state.pending = (state.tokens, tuple(new)) if sequence.awaits_verdict else (tuple(tokens), ())
-        if not sequence.awaits_verdict:
-            state.tokens = tuple(tokens[: sequence.end])
+        state.pending = tuple(new) if sequence.leaves_pending else ()
+        if not sequence.leaves_pending:
+            assert not drafts, "a draft joins the state"
+            state.tokens = tuple(tokens[:start]) + tuple(new)
         return self._sample(sequence, tokens, drafts)
 
     def _write(self, sequence: ScheduledSequence, before: list[int], new: list[int]) -> None:
@@ -125,7 +126,7 @@ class Device:
             tokens.append(next_token(tuple(tokens)))
             if tokens[-1] != draft or (tokens[-1] == END and not sequence.request.params.ignore_eos):
                 break
-        self.accepted[sequence.request.request_id] = len(tokens) - known
+        self.accepted[sequence.request.request_id] = len(tokens) - known if sequence.leaves_pending else 0
         guess, proposals = list(tokens), []
         for _ in range(sequence.next_drafts):
             good = self.chance.random() < self.draft_quality

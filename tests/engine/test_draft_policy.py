@@ -20,6 +20,7 @@ def step(drafts: int, next_drafts: int, start: int = 10) -> ScheduledSequence:
         drafts=drafts,
         next_drafts=next_drafts,
         awaits_verdict=True,
+        joins=True,
         samples=True,
         starts_empty=False,
         state_copy=None,

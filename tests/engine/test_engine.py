@@ -19,6 +19,7 @@ from qwen3_next.errors import BackendError, CapacityError, InputError
 ASSETS = Path(qwen3_next.__file__).parent / "assets"
 KNOWN, UNKNOWN = 4096, 24
 LENGTHS = (3, 90, 17, 64, 1, 130)
+SETTINGS: dict[str, Any] = {"max_sequences": 4, "token_budget": 48, "memory_bytes": 2**24}
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,14 @@ def memory_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "step", checked)
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["in turn", "ahead"])
+def plans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds whether or not the next call is planned before this one is known."""
+    monkeypatch.setitem(SETTINGS, "plan_ahead", request.param)
+
+
 def engine_of(checkpoint: Path, **limits: Any) -> LLM:
-    settings: dict[str, Any] = {"max_sequences": 4, "token_budget": 48, "memory_bytes": 2**24}
-    return LLM(str(checkpoint), dtype="float32", config=EngineConfig(**(settings | limits)))
+    return LLM(str(checkpoint), dtype="float32", config=EngineConfig(**(SETTINGS | limits)))
 
 
 def prompts(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
@@ -165,24 +171,24 @@ def test_a_call_without_memory_is_made_again(
     requests = [Request(request_id=f"{n}", prompt=tuple(p), params=greedy()) for n, p in enumerate(prompts())]
     for request in requests:
         engine.add(request)
-    run, failures, steps = engine.runner.run, 0, 0
+    run, calls, failed, told = engine.runner.run, itertools.count(), list[int](), list[str]()
 
-    def failing(plan: Any) -> Any:
-        if steps in (0, 3, 7):
-            run(plan)  # it may come far before it fails
+    def failing(plan: Any, *others: Any) -> Any:
+        computed, call = run(plan, *others), next(calls)
+        if call in (0, 1, 4, 8):  # it came far before it failed
+            failed.append(call)
             raise torch.OutOfMemoryError("no room")
-        return run(plan)
+        return computed
 
     monkeypatch.setattr(engine.runner, "run", failing)
     while engine.has_work:
-        if steps in (0, 3, 7):
-            with pytest.raises(BackendError, match="lower token_budget"):
-                engine.step()
-            failures += 1
-        else:
+        try:
             engine.step()
-        steps += 1
-    assert failures == 3
+        except BackendError as error:
+            told.append(str(error))
+    assert failed == [0, 1, 4, 8]
+    assert all("lower token_budget" in message for message in told)
+    assert len(told) == (2 if SETTINGS["plan_ahead"] else 4)  # what does not fit beside another call is made alone
     assert [tuple(request.output) for request in requests] == alone
 
 

@@ -58,7 +58,7 @@ def test_tokens_are_drawn_from_the_distribution_that_the_parameters_define(param
     expected = expected_distribution(logits.tolist(), made)
     seen = [0] * VOCABULARY
     draws = [Draw(made, seed) for seed in range(count)]
-    for drawn in draw(logits.expand(count, -1), draws, VOCABULARY, frozenset()):
+    for drawn in draw(logits.expand(count, -1), draws, VOCABULARY, frozenset()).drawn():
         assert drawn.token is not None
         seen[drawn.token] += 1
     likely = [(n, share * count) for n, share in zip(seen, expected, strict=True) if share * count >= 5]
@@ -75,16 +75,16 @@ def test_a_row_depends_on_nothing_but_itself() -> None:
     torch.manual_seed(1)
     logits = torch.randn(len(FILTERS), VOCABULARY)
     draws = [Draw(request([1, 2, 3, 3, 5], **params), seed) for seed, params in enumerate(FILTERS)]
-    together = draw(logits, draws, VOCABULARY, frozenset())
+    together = draw(logits, draws, VOCABULARY, frozenset()).drawn()
     for row, one in enumerate(draws):
-        assert draw(logits[row : row + 1], [one], VOCABULARY, frozenset()) == [together[row]]
-    assert draw(logits[:0], [], VOCABULARY, frozenset()) == []
+        assert draw(logits[row : row + 1], [one], VOCABULARY, frozenset()).drawn() == [together[row]]
+    assert draw(logits[:0], [], VOCABULARY, frozenset()).drawn() == []
 
 
 def test_greedy_takes_the_likeliest_of_what_is_known() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 9.0], [5.0, 3.0, 2.0, 9.0]])
     draws = [Draw(request([1, 2], temperature=0), 0), Draw(request([1, 2], temperature=0, min_tokens=1), 0)]
-    assert [drawn.token for drawn in draw(logits, draws, 3, frozenset({0}))] == [1, 1]  # 0 may not end it yet
+    assert [drawn.token for drawn in draw(logits, draws, 3, frozenset({0})).drawn()] == [1, 1]  # 0 may not end it yet
 
 
 @pytest.mark.parametrize("params", [*FILTERS, {"temperature": 0}, {"temperature": 50.0}])
@@ -94,9 +94,9 @@ def test_only_what_is_allowed_comes_whatever_the_parameters(params: dict[str, An
     values: dict[str, Any] = {"logit_bias": {1: 1e4, 3: 1e4}}
     made = request([1, 2, 3, 3, 5], **(values | params))
     draws = [Draw(made, seed, allowed if seed % 2 else None) for seed in range(400)]
-    found = draw(logits.expand(400, -1), draws, VOCABULARY, frozenset())
+    found = draw(logits.expand(400, -1), draws, VOCABULARY, frozenset()).drawn()
     assert {one.token for one in found[1::2]} <= set(range(2, VOCABULARY, 3))
-    assert found[::2] == [draw(logits[None], [one], VOCABULARY, frozenset())[0] for one in draws[::2]]
+    assert found[::2] == [draw(logits[None], [one], VOCABULARY, frozenset()).drawn()[0] for one in draws[::2]]
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
@@ -106,7 +106,7 @@ def test_where_ends_and_a_grammar_leave_nothing_the_grammar_decides(temperature:
 
     def drawn(allowed: torch.Tensor | None, **params: Any) -> set[int | None]:
         made = request([1, 1], temperature=temperature, min_tokens=4, **params)
-        return {draw(logits, [Draw(made, seed, allowed)], 4, ends)[0].token for seed in range(40)}
+        return {draw(logits, [Draw(made, seed, allowed)], 4, ends).drawn()[0].token for seed in range(40)}
 
     assert drawn(None) == {1}
     assert 3 in drawn(None, stop_token_ids=(1,))  # nothing is left: the likeliest as ever
@@ -120,7 +120,7 @@ def test_where_ends_and_a_grammar_leave_nothing_the_grammar_decides(temperature:
 def test_a_row_that_is_not_finite_is_told_and_the_others_are_drawn() -> None:
     logits = torch.tensor([[1.0, math.nan, 2.0], [1.0, 5.0, 2.0], [math.inf, 0.0, 0.0]])
     draws = [Draw(request([1, 2], temperature=t), 7) for t in (0, 0, 1)]
-    assert [drawn.token for drawn in draw(logits, draws, 3, frozenset())] == [None, 1, None]
+    assert [drawn.token for drawn in draw(logits, draws, 3, frozenset()).drawn()] == [None, 1, None]
 
 
 def test_random_numbers_are_uniform_and_independent_of_seed_and_position() -> None:

@@ -315,7 +315,9 @@ def test_what_verification_writes_has_the_models_distribution() -> None:
     request = Request(request_id="a", prompt=(1, 2), params=SamplingParams(temperature=1))
     drafts = [chance.randrange(size) for _ in range(count)]
     draws = [Draw(request, seed, ahead=ahead) for seed, one in enumerate(drafts) for ahead in ((), (one,))]
-    rows = draw(torch.stack([first.expand(count, -1), second[drafts]], 1).flatten(0, 1), draws, size, frozenset())
+    rows = draw(
+        torch.stack([first.expand(count, -1), second[drafts]], 1).flatten(0, 1), draws, size, frozenset()
+    ).drawn()
     written = [verify(rows[2 * n : 2 * n + 2], (one,)) for n, one in enumerate(drafts)]
     singles = Counter(accepted[0].token for accepted in written)
     assert chi_square(singles, first.softmax(0), count) < 25.7  # 5 degrees of freedom, one in 10,000

@@ -34,6 +34,7 @@ class EngineConfig:
         memory_bytes: for keys, values and states; None: a share of what is free.
         prefix_cache: whether prompts that begin alike are computed once.
         snapshot_stride: keep a state every so many tokens of a long prompt.
+        plan_ahead: whether the host plans the next call while the device computes; None: where the device is a GPU.
         drafts: tokens that the MTP layer proposes per step, up to 7, to be verified together; what is written stays the
             same. "auto" measures which number is fastest, none included; it drafts nothing where there is no MTP layer.
     """
@@ -44,6 +45,7 @@ class EngineConfig:
     memory_bytes: int | None = None
     prefix_cache: bool = True
     snapshot_stride: int = 8192
+    plan_ahead: bool | None = None
     drafts: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
@@ -102,7 +104,14 @@ class EngineConfig:
             )
         sequences = min(self.max_sequences, (slots - 1) // 2)
         budget = max(self.token_budget, sequences * (1 + drafts) + 1)
-        limits = replace(self, max_sequences=sequences, token_budget=budget, max_context=context, memory_bytes=room)
+        limits = replace(
+            self,
+            max_sequences=sequences,
+            token_budget=budget,
+            max_context=context,
+            memory_bytes=room,
+            plan_ahead=device.type == "cuda" if self.plan_ahead is None else self.plan_ahead,
+        )
         return Division(limits, pages, slots, page_bytes, slot_bytes, drafts)
 
 

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from qwen3_next.engine.batch import integers
 from qwen3_next.engine.config import Division, EngineConfig
 from qwen3_next.engine.draft_policy import DraftPolicy
 from qwen3_next.engine.grammar import GrammarCompiler, GrammarState
@@ -18,7 +20,7 @@ from qwen3_next.engine.memory import Memory
 from qwen3_next.engine.plan import Plan, ScheduledSequence, SequenceResult
 from qwen3_next.engine.request import FinishReason, Request, RequestOutput
 from qwen3_next.engine.runner import Computed, Runner
-from qwen3_next.engine.sampler import Draw, Drawn, choose, draw
+from qwen3_next.engine.sampler import Choice, Draw, Drawn, choose, draw
 from qwen3_next.engine.scheduler import Scheduler
 from qwen3_next.engine.speculative import Drafter, Verdict, verify
 from qwen3_next.engine.text import Characters, StopStrings
@@ -58,6 +60,24 @@ class _Stream:
     error: InputError | None = None
 
 
+@dataclass(eq=False)
+class _Flight:
+    """A call that the device has begun.
+
+    Attributes:
+        begun: when.
+        choice: the tokens that come of it; of each sequence that samples, `1 + drafts` rows. None until the host has
+            said how to choose.
+        draws: those rows, sequence by sequence.
+    """
+
+    plan: Plan
+    computed: Computed | None
+    begun: float
+    draws: list[list[Draw]] = field(default_factory=list[list[Draw]])
+    choice: Choice | None = None
+
+
 class Engine:
     """Serves many requests at once: continuous batching, chunked prompts, a prefix cache over keys and states.
 
@@ -88,6 +108,8 @@ class Engine:
         self.drafts = DraftPolicy(self.division.drafts, is_fixed=self.division.limits.drafts != "auto")
         chosen = partial(choose, known=self._known, ends=loaded.eos_ids)
         self.drafter = Drafter.allocate(model, self.division, chosen) if self.division.drafts else None
+        self._flight: _Flight | None = None
+        self._busy_since: float | None = None
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -114,6 +136,7 @@ class Engine:
 
     def reset(self) -> list[Output]:
         """After a step that was cut short: take back what was planned, end every request, and report that."""
+        self._flight = None
         self.scheduler.withdraw_all()
         for name in self._streams:
             self.scheduler.abort(name)
@@ -125,26 +148,97 @@ class Engine:
         return self.scheduler.has_work
 
     def step(self) -> list[Output]:
-        """Advance every request that takes part in the next call of the network.
+        """Finish a call of the network, and report what it did for the requests that take part in it.
+
+        While the device computes it the host plans and begins the next one, whose tokens the host need not know: they
+        go from call to call on the device. Only drafts have to be told first how many of them were right.
 
         Raises:
             BackendError: the device has not enough memory for a call with a single sequence. The engine goes on: the
                 requests of the call start again from the prefix cache with the next step.
         """
-        queues = self.scheduler.figures
+        flight, self._flight = self._flight, None
+        if flight is None:
+            flight = self._begun(None)
+            self._choose(flight)
+        following = self._begun_ahead(flight)
+        try:
+            results = self._results(flight)
+        except torch.OutOfMemoryError as error:
+            if following is not None:
+                self.scheduler.withdraw(following.plan)
+            self._take_back(flight.plan, error)
+        now = time.perf_counter()
+        self.drafts.learn(flight.plan, results, now - (self._busy_since or flight.begun))
+        states = self.scheduler.commit(flight.plan, results)
+        self._busy_since = now if self.has_work else None
+        if following is not None:
+            self._flight = self._chosen_ahead(following)
+        return [self._output(state) for state in states]
+
+    def _begun(self, earlier: _Flight | None) -> _Flight:
+        """Plan a call and begin it behind `earlier`, which was not committed yet."""
+        begun, queues = time.perf_counter(), self.scheduler.figures
         expected = min(queues.running + queues.waiting, self.scheduler.config.max_sequences)
         plan = self.scheduler.plan(self.drafts.choose(expected))
-        start = time.perf_counter()
         try:
-            results = self._computed(plan) if len(plan) else []
+            computed = self.runner.run(plan, earlier.choice if earlier else None) if len(plan) else None
         except torch.OutOfMemoryError as error:
-            self.scheduler.withdraw(plan)
-            raise BackendError(
-                f"a call of {plan.token_count} tokens does not fit the memory of {self.loaded.device}; lower "
-                "token_budget or max_sequences."
-            ) from error
-        self.drafts.learn(plan, results, time.perf_counter() - start)
-        return [self._output(state) for state in self.scheduler.commit(plan, results)]
+            self._take_back(plan, error)
+        return _Flight(plan, computed, begun)
+
+    def _begun_ahead(self, flight: _Flight) -> _Flight | None:
+        """The call behind one that is computed, where it can be begun; what it lacks is tried again after that one."""
+        if not self.division.limits.plan_ahead or flight.plan.has_drafts or not len(flight.plan):
+            return None
+        try:
+            following = self._begun(flight)
+        except BackendError:  # alone it may fit; if not, it is then that it fails
+            return None
+        if len(following.plan):
+            return following
+        self.scheduler.withdraw(following.plan)
+        return None
+
+    def _chosen_ahead(self, flight: _Flight) -> _Flight | None:
+        try:
+            self._choose(flight)
+        except BackendError:  # as above
+            return None
+        return flight
+
+    def _take_back(self, plan: Plan, error: torch.OutOfMemoryError) -> NoReturn:
+        self.scheduler.withdraw(plan)
+        raise BackendError(
+            f"a call of {plan.token_count} tokens does not fit the memory of {self.loaded.device}; lower "
+            "token_budget or max_sequences."
+        ) from error
+
+    def _choose(self, flight: _Flight) -> None:
+        """Let the device choose tokens, now that everything before them is committed.
+
+        Raises:
+            BackendError: see `step`.
+        """
+        if flight.computed is None:
+            return
+        logits, rows, behind = flight.computed.logits, list[int](), 0
+        for sequence in flight.computed.batch.sampling:
+            request, drafts = sequence.request, sequence.request.drafts[: sequence.drafts]
+            first, behind = behind, behind + sequence.drafts + 1
+            if request.finish is not None:  # it ended while this was computed; its rows have no reader
+                continue
+            stream = self._streams[request.request_id]
+            masks = zip_longest(self._masks(stream, drafts), range(sequence.drafts + 1))
+            flight.draws.append([Draw(request, stream.seed, mask, drafts[:count]) for mask, count in masks])
+            rows += range(first, behind)
+        if len(rows) < len(logits):
+            logits = logits[integers(rows, logits.device).long()]
+        try:
+            flat = [one for own in flight.draws for one in own]
+            flight.choice = draw(logits, flat, self._known, self.loaded.eos_ids)
+        except torch.OutOfMemoryError as error:
+            self._take_back(flight.plan, error)
 
     def _require_known_tokens(self, request: Request) -> None:
         size = self.loaded.config.vocab_size
@@ -155,29 +249,23 @@ class Engine:
                 "Use the model's own tokenizer."
             )
 
-    def _computed(self, plan: Plan) -> list[SequenceResult]:
-        computed = self.runner.run(plan)
-        verdicts = self._verdicts(computed)
-        for sequence in plan:
-            name = sequence.request.request_id
-            if name in computed.prompt_scores:  # after a preemption, once more from the start
-                self._streams[name].prompt_logprobs[sequence.start + 1 :] = computed.prompt_scores[name]
-        drafts = {} if self.drafter is None else self.drafter.draft(plan, computed, verdicts)
-        return [self._result(sequence, computed, verdicts, drafts) for sequence in plan]
-
-    def _verdicts(self, computed: Computed) -> dict[str, Verdict]:
-        draws: list[list[Draw]] = []
-        for sequence in computed.batch.sampling:
-            request, drafts = sequence.request, sequence.request.drafts[: sequence.drafts]
-            stream = self._streams[request.request_id]
-            masks = zip_longest(self._masks(stream, drafts), range(sequence.drafts + 1))
-            draws.append([Draw(request, stream.seed, mask, drafts[:count]) for mask, count in masks])
-        flat = [one for rows in draws for one in rows]
-        drawn = iter(draw(computed.logits, flat, self._known, self.loaded.eos_ids))
-        return {
+    def _results(self, flight: _Flight) -> list[SequenceResult]:
+        """Wait for what was chosen, and draft what may come after it."""
+        computed = flight.computed
+        if computed is None:
+            return []
+        drawn = iter(flight.choice.drawn() if flight.choice else ())
+        verdicts = {
             rows[0].request.request_id: Verdict(rows[0], verify([next(drawn) for _ in rows], rows[-1].ahead))
-            for rows in draws
+            for rows in flight.draws
         }
+        for sequence in flight.plan:
+            name = sequence.request.request_id
+            if name in computed.prompt_scores and name in self._streams:
+                # after a preemption, once more from the start
+                self._streams[name].prompt_logprobs[sequence.start + 1 :] = computed.prompt_scores[name]
+        drafts = {} if self.drafter is None else self.drafter.draft(flight.plan, computed, verdicts)
+        return [self._result(sequence, verdicts, drafts) for sequence in flight.plan]
 
     def _masks(self, stream: _Stream, drafts: tuple[int, ...]) -> list[Tensor]:
         """What a grammar lets follow each beginning of the drafts, up to the first that it forbids.
@@ -193,12 +281,11 @@ class Engine:
     def _result(
         self,
         sequence: ScheduledSequence,
-        computed: Computed,
         verdicts: Mapping[str, Verdict],
         drafts: Mapping[str, tuple[int, ...]],
     ) -> SequenceResult:
         request, name = sequence.request, sequence.request.request_id
-        if name not in verdicts:
+        if name not in verdicts or request.finish is not None:
             return SequenceResult()
         if not verdicts[name].accepted:
             return SequenceResult(
@@ -215,7 +302,6 @@ class Engine:
         return SequenceResult(
             tokens=tokens,
             drafts=drafts.get(name, ()),
-            has_joined=computed.batch.joins,
             finish=FinishReason.STOP if is_over else None,
         )
 

@@ -38,6 +38,7 @@ class ScheduledSequence:
         drafts: proposals among the tokens, the last ones; of those that the last call of the sequence left.
         next_drafts: how many proposals to leave for the next call.
         awaits_verdict: it is a step, not a chunk.
+        joins: its tokens become part of the state at once, since no step of the call brings drafts.
         samples: the logits of its last `1 + drafts` tokens are needed.
         starts_empty: the slot is a fresh one: begin with a state of zeros and nothing pending.
         state_copy: copy this slot first, with what is pending there.
@@ -55,6 +56,7 @@ class ScheduledSequence:
     drafts: int
     next_drafts: int
     awaits_verdict: bool
+    joins: bool
     samples: bool
     starts_empty: bool
     state_copy: Copy | None
@@ -65,6 +67,11 @@ class ScheduledSequence:
     def end(self) -> int:
         """Position behind the last token; the least it can be."""
         return self.start + self.length
+
+    @property
+    def leaves_pending(self) -> bool:
+        """Whether its tokens lie beside the state until the next call."""
+        return self.awaits_verdict and not self.joins
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -80,15 +87,22 @@ class Plan:
     Attributes:
         number: counts the plans of a scheduler.
         sequences: steps first, then chunks.
+        joins: see there.
     """
 
     number: int
     sequences: tuple[ScheduledSequence, ...]
+    joins: bool = True
 
     @property
     def token_count(self) -> int:
         """T of the call."""
         return sum(sequence.length for sequence in self.sequences)
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether drafts are verified, or are to be made for the next call."""
+        return any(sequence.drafts or sequence.next_drafts for sequence in self.sequences)
 
     def __iter__(self) -> Iterator[ScheduledSequence]:
         return iter(self.sequences)
@@ -104,13 +118,11 @@ class SequenceResult:
     Attributes:
         tokens: the accepted drafts and the one token sampled behind them; empty where nothing was sampled.
         drafts: proposals for the tokens after those.
-        has_joined: the tokens of a step are part of the state already; none is pending.
         finish: the text ended inside `tokens`, which were cut there: at a stop string, at the end of a grammar.
         error: the sequence failed, alone.
     """
 
     tokens: tuple[int, ...] = ()
     drafts: tuple[int, ...] = ()
-    has_joined: bool = False
     finish: FinishReason | None = None
     error: Qwen3NextError | None = None

@@ -39,6 +39,16 @@ class Entry:
         return start, uncertain
 
     @property
+    def takes_a_step(self) -> bool:
+        """Whether it runs, and all but its last token is computed or in flight."""
+        return self.request.status is Status.RUNNING and self.next_start()[0] >= len(self.request.tokens) - 1
+
+    @property
+    def next_drafts(self) -> int:
+        """How many proposals its next step can verify."""
+        return self.flights[-1].next_drafts if self.flights else len(self.request.drafts)
+
+    @property
     def is_computing_its_prompt(self) -> bool:
         """Whether it runs, and chunks remain to be planned."""
         return self.request.status is Status.RUNNING and self.next_start()[0] < len(self.request.tokens) - 1

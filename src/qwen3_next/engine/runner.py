@@ -12,7 +12,7 @@ from qwen3_next.engine.config import Division
 from qwen3_next.engine.graphs import Graphs
 from qwen3_next.engine.plan import Plan
 from qwen3_next.engine.prompt_logprobs import prompt_scores
-from qwen3_next.engine.sampler import Drawn
+from qwen3_next.engine.sampler import Choice, Drawn
 from qwen3_next.errors import BackendError
 from qwen3_next.model.bare import BareCausalLM
 from qwen3_next.model.delta_net import STEP_TOKENS
@@ -65,10 +65,10 @@ class Runner:
         self.graphs = self._capture(division) if weight.is_cuda else None
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> Computed:
-        """Compute what a plan asks for."""
+    def run(self, plan: Plan, earlier: Choice | None = None) -> Computed:
+        """Compute what a plan asks for; `earlier` is what the call before chooses, if the host does not know it yet."""
         prepare_memory_(plan, self.memory)
-        batch = Batch.build(plan, self.memory)
+        batch = Batch.build(plan, self.memory, earlier)
         replayed = None if self.graphs is None else self.graphs.run(batch)
         if replayed is not None:
             return Computed(batch, *replayed, {})  # only chunks have prompt tokens

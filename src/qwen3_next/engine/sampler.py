@@ -4,12 +4,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qwen3_next.engine.request import Request, SamplingParams
+from qwen3_next.ops.segments import to_device
 
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _WORD = 2**64 - 1
@@ -58,24 +60,80 @@ class Drawn:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What the device chooses, while the host may do something else.
+
+    Attributes:
+        draws: of each row.
+        tokens: of each row; -1 where the logits are not finite.
+        scores: of the rows that ask for log-probabilities, in their order: of the token, of the likeliest tokens, and
+            which these are.
+    """
+
+    draws: Sequence[Draw]
+    tokens: Int[Tensor, "R"]
+    scores: tuple[Float[Tensor, "S"], Float[Tensor, "S K"], Int[Tensor, "S K"]] | None
+    _copies: "tuple[Tensor, ...]"
+    _is_copied: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, draws: Sequence[Draw], tokens: Int[Tensor, "R"], raw: Float[Tensor, "R V"]) -> "Choice":
+        """Begin to copy it to the host."""
+        rows = [row for row, one in enumerate(draws) if one.request.params.logprobs is not None]
+        scores = None
+        if rows:
+            index = _integers(rows, raw.device)
+            wanted = max(one.request.params.logprobs or 0 for one in draws)
+            scores = _scores(raw[index], tokens[index].clamp(min=0), wanted)
+        copies = tuple(tensor.to("cpu", non_blocking=True) for tensor in (tokens, *(scores or ())))
+        event = None
+        if raw.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        return cls(draws, tokens, scores, copies, event)
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """Where the token of each request is, by its id; where there are drafts, of the row behind them."""
+        return {one.request.request_id: row for row, one in enumerate(self.draws)}
+
+    def drawn(self) -> list[Drawn]:
+        """Wait for it."""
+        if self._is_copied is not None:
+            self._is_copied.synchronize()
+        ids, *scores = (copy.tolist() for copy in self._copies)
+        told = iter(zip(*scores, strict=True))
+        result: list[Drawn] = []
+        for token, one in zip(ids, self.draws, strict=True):
+            wanted = one.request.params.logprobs
+            token = None if token < 0 else token
+            if wanted is None:
+                result.append(Drawn(token))
+                continue
+            own, values, likeliest = next(told)
+            tops = tuple(zip(likeliest[:wanted], values[:wanted], strict=True))
+            result.append(Drawn(None) if token is None else Drawn(token, own, tops))
+        return result
+
+
 @torch.no_grad()
-def draw(logits: Float[Tensor, "R V"], draws: Sequence[Draw], known: int, ends: frozenset[int]) -> list[Drawn]:
+def draw(logits: Float[Tensor, "R V"], draws: Sequence[Draw], known: int, ends: frozenset[int]) -> Choice:
     """One token for each row; a row's token depends on nothing but that row and its `Draw`.
 
     Args:
         known: ids from here on only fill up the head, and never come.
         ends: the model's own end tokens, which do not come before a request's `min_tokens`.
     """
-    if not draws:
-        return []
     raw = logits[:, :known].float()
-    return _reported(raw, _chosen(raw, draws, ends), draws)
+    return Choice.of(draws, _chosen(raw, draws, ends), raw)
 
 
 @torch.no_grad()
 def choose(logits: Float[Tensor, "R V"], draws: Sequence[Draw], known: int, ends: frozenset[int]) -> list[int | None]:
     """The tokens of `draw` alone."""
-    return _chosen(logits[:, :known].float(), draws, ends)
+    tokens: list[int] = _chosen(logits[:, :known].float(), draws, ends).tolist()
+    return [None if token < 0 else token for token in tokens]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -93,17 +151,16 @@ def _mixed(word: int) -> int:
     return word ^ (word >> 31)
 
 
-def _chosen(raw: Float[Tensor, "R V"], draws: Sequence[Draw], ends: frozenset[int]) -> list[int | None]:
-    """The token of each row; None where the logits are not finite."""
+def _chosen(raw: Float[Tensor, "R V"], draws: Sequence[Draw], ends: frozenset[int]) -> Int[Tensor, "R"]:
+    """The token of each row; -1 where the logits are not finite."""
     is_sound = raw.isfinite().all(dim=1)
     adjusted = _adjusted(raw, draws, ends)
     chosen = adjusted.argmax(dim=1)
     rows = [row for row, one in enumerate(draws) if one.request.params.temperature > 0]
     if rows:
-        index = torch.tensor(rows, device=raw.device)
+        index = _integers(rows, raw.device)
         chosen[index] = _drawn(adjusted[index], [draws[row] for row in rows])
-    tokens: list[int] = chosen.where(is_sound, -1).tolist()
-    return [None if token < 0 else token for token in tokens]
+    return chosen.where(is_sound, -1)
 
 
 def _adjusted(raw: Float[Tensor, "R V"], draws: Sequence[Draw], ends: frozenset[int]) -> Float[Tensor, "R V"]:
@@ -116,13 +173,13 @@ def _adjusted(raw: Float[Tensor, "R V"], draws: Sequence[Draw], ends: frozenset[
         _penalize_(adjusted[row], one)
         biases = {token: bias for token, bias in params.logit_bias.items() if token < raw.shape[1]}
         if biases:
-            ids = torch.tensor(list(biases), device=raw.device)
-            adjusted[row, ids] += torch.tensor(list(biases.values()), device=raw.device)
+            ids = _integers(list(biases), raw.device)
+            adjusted[row, ids] += to_device(torch.tensor(list(biases.values()), dtype=torch.float32), raw.device)
     masks = [_permitted(one, raw.shape[1], ends) for one in draws]
     rows = [row for row, mask in enumerate(masks) if mask is not None]
     if rows:
-        index = torch.tensor(rows, device=raw.device)
-        forbidden = ~torch.stack([mask for mask in masks if mask is not None]).to(raw.device)
+        index = _integers(rows, raw.device)
+        forbidden = to_device(~torch.stack([mask for mask in masks if mask is not None]), raw.device)
         adjusted = adjusted.index_copy(0, index, adjusted[index].masked_fill(forbidden, -math.inf))
     return adjusted
 
@@ -150,14 +207,14 @@ def _penalize_(logits: Float[Tensor, "V"], one: Draw) -> None:
     """Repetition counts prompt and output, presence and frequency the output alone."""
     request, params = one.request, one.request.params
     if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted({t for t in (*request.tokens, *one.ahead) if t < len(logits)}), device=logits.device)
+        seen = _integers(sorted({t for t in (*request.tokens, *one.ahead) if t < len(logits)}), logits.device)
         found = logits[seen]
         logits[seen] = torch.where(found > 0, found / params.repetition_penalty, found * params.repetition_penalty)
     if params.presence_penalty or params.frequency_penalty:
         counts = Counter(t for t in (*request.output, *one.ahead) if t < len(logits))
         if counts:
-            ids = torch.tensor(list(counts), device=logits.device)
-            times = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
+            ids = _integers(list(counts), logits.device)
+            times = to_device(torch.tensor(list(counts.values()), dtype=logits.dtype), logits.device)
             logits[ids] -= params.presence_penalty + params.frequency_penalty * times
 
 
@@ -187,29 +244,29 @@ def _kept(probabilities: Float[Tensor, "R V"], params: Sequence[SamplingParams])
 
 
 def _column(values: Sequence[float], device: torch.device) -> Float[Tensor, "R 1"]:
-    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+    return to_device(torch.tensor(values, dtype=torch.float64), device)[:, None]
 
 
-def _reported(raw: Float[Tensor, "R V"], tokens: Sequence[int | None], draws: Sequence[Draw]) -> list[Drawn]:
-    result: list[Drawn] = []
-    for row, (token, one) in enumerate(zip(tokens, draws, strict=True)):
-        wanted = one.request.params.logprobs
-        if token is None or wanted is None:
-            result.append(Drawn(token))
-        else:
-            result += logprobs_of(raw[row : row + 1], [token], wanted)
-    return result
+def _integers(values: Sequence[int], device: torch.device) -> Int[Tensor, "*N"]:
+    return to_device(torch.tensor(values, dtype=torch.long), device)
+
+
+def _scores(
+    logits: Float[Tensor, "R V"], ids: Int[Tensor, "R"], wanted: int
+) -> tuple[Float[Tensor, "R"], Float[Tensor, "R K"], Int[Tensor, "R K"]]:
+    """Log-probabilities of one token for each row, -inf for an id beyond them; those of the likeliest, and which."""
+    size = logits.shape[1]
+    sums = logits.logsumexp(dim=1, keepdim=True)
+    own = torch.where(ids < size, (logits.gather(1, ids.clamp(max=size - 1)[:, None]) - sums)[:, 0], -math.inf)
+    values, likeliest = logits.topk(min(wanted, size), dim=1)
+    return own, values - sums, likeliest
 
 
 def logprobs_of(logits: Float[Tensor, "R V"], tokens: Sequence[int], wanted: int) -> list[Drawn]:
     """What fp32 logits say of one token for each row, and of the likeliest ones."""
-    size = logits.shape[1]
-    sums = logits.logsumexp(dim=1, keepdim=True)
-    ids = torch.tensor(tokens, device=logits.device)[:, None]
-    own = torch.where(ids < size, logits.gather(1, ids.clamp(max=size - 1)) - sums, -math.inf)[:, 0].tolist()
-    values, likeliest = logits.topk(min(wanted, size), dim=1)
-    tops = zip(likeliest.tolist(), (values - sums).tolist(), strict=True)
+    own, values, likeliest = _scores(logits, _integers(tokens, logits.device), wanted)
+    tops = zip(likeliest.tolist(), values.tolist(), strict=True)
     return [
         Drawn(token, logprob, tuple(zip(*top, strict=True)))
-        for token, logprob, top in zip(tokens, own, tops, strict=True)
+        for token, logprob, top in zip(tokens, own.tolist(), tops, strict=True)
     ]

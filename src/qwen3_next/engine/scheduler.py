@@ -93,10 +93,12 @@ class Scheduler:
                 earlier calls left are verified whatever it is.
         """
         self._planned += 1
-        sequences = self._plan_steps(min(next_drafts, self.config.max_drafts))
+        next_drafts = min(next_drafts, self.config.max_drafts)
+        joins = not any(entry.next_drafts for entry in self._running if entry.takes_a_step)
+        sequences = self._plan_steps(next_drafts, joins)
         budget = self.config.token_budget - sum(sequence.length for sequence in sequences)
-        sequences += self._plan_chunks(budget, min(next_drafts, self.config.max_drafts))
-        plan = Plan(self._planned, tuple(sorted(sequences, key=lambda one: not one.awaits_verdict)))
+        sequences += self._plan_chunks(budget, next_drafts, joins)
+        plan = Plan(self._planned, tuple(sorted(sequences, key=lambda one: not one.awaits_verdict)), joins)
         self._plans.append(plan)
         return plan
 
@@ -169,28 +171,28 @@ class Scheduler:
             assert 0 <= request.pending <= request.computed <= len(request.tokens)
             assert len(self.memory.page_table(request.request_id)) >= self.memory.pages_for(request.computed)
 
-    def _plan_steps(self, next_drafts: int) -> list[ScheduledSequence]:
+    def _plan_steps(self, next_drafts: int, joins: bool) -> list[ScheduledSequence]:
         steps: list[ScheduledSequence] = []
         for entry in list(self._running):  # by rank: whoever is preempted on the way has not had its turn
             request = entry.request
             start, uncertain = entry.next_start()
             room = self.config.most_tokens(request) - (start + uncertain) - 2
-            if request.status is not Status.RUNNING or start < len(request.tokens) - 1 or room < 0:
+            if not entry.takes_a_step or room < 0:
                 continue
-            drafts = min(entry.flights[-1].next_drafts if entry.flights else len(request.drafts), room)
+            drafts = min(entry.next_drafts, room)
             length = start + uncertain + 1 + drafts
             if self._make_room(entry, lambda r=request, n=length: self.memory.grow(r.request_id, n)):
-                steps.append(self._schedule(entry, 1 + drafts, drafts, next_drafts))
+                steps.append(self._schedule(entry, 1 + drafts, drafts, next_drafts, joins))
         return steps
 
-    def _plan_chunks(self, budget: int, next_drafts: int) -> list[ScheduledSequence]:
+    def _plan_chunks(self, budget: int, next_drafts: int, joins: bool) -> list[ScheduledSequence]:
         chunks: list[ScheduledSequence] = []
         admitted = self._admit_some(budget)
         for entry in list(self._running):
             missing = len(entry.request.tokens) - entry.next_start()[0]
             # Of those admitted before, who lacks but the last token had its turn as a step.
             if budget > 0 and entry.request.status is Status.RUNNING and missing >= (1 if entry in admitted else 2):
-                chunks.append(self._schedule(entry, self._chunk_length(entry, budget), 0, next_drafts))
+                chunks.append(self._schedule(entry, self._chunk_length(entry, budget), 0, next_drafts, joins))
                 budget -= chunks[-1].length
         return chunks
 
@@ -223,7 +225,7 @@ class Scheduler:
         aligned = end // size * size
         return (aligned if start < aligned and end < len(entry.request.tokens) else end) - start
 
-    def _schedule(self, entry: Entry, length: int, drafts: int, next_drafts: int) -> ScheduledSequence:
+    def _schedule(self, entry: Entry, length: int, drafts: int, next_drafts: int, joins: bool) -> ScheduledSequence:
         request, memory, name = entry.request, self.memory, entry.request.request_id
         start, uncertain = entry.next_start()
         is_first, is_step = not entry.flights, start >= len(request.tokens) - 1
@@ -237,10 +239,11 @@ class Scheduler:
             length=length,
             pages=memory.page_table(name),
             slot=memory.slot(name),
-            accepted=request.pending if is_first else int(entry.flights[-1].awaits_verdict),
+            accepted=request.pending if is_first else int(entry.flights[-1].leaves_pending),
             drafts=drafts,
             next_drafts=next_drafts if samples else 0,
             awaits_verdict=is_step,
+            joins=joins,
             samples=samples,
             starts_empty=start == 0,
             state_copy=memory.state_copy(name) if is_first else None,
@@ -327,6 +330,8 @@ class Scheduler:
             self._reports.append(RequestOutput.of(request))
         elif request.finish is None:
             self._advance(entry, sequence, result)
+        elif entry.survives and sequence.awaits_verdict and sequence.joins:
+            request.computed += 1  # it ended with the token that this step let join
         self._leave_if_landed(entry)
 
     def _advance(self, entry: Entry, sequence: ScheduledSequence, result: SequenceResult) -> None:
@@ -335,7 +340,7 @@ class Scheduler:
         assert len(result.tokens) in sampled or result.finish, f"{len(result.tokens)} tokens of {sequence}"
         tokens, finish = self.config.cut(request, result)
         request.computed = sequence.end if not sequence.awaits_verdict else request.computed + len(tokens)
-        request.pending = len(tokens) if sequence.awaits_verdict and not result.has_joined else 0
+        request.pending = len(tokens) if sequence.leaves_pending else 0
         request.tokens += tokens
         request.drafts = result.drafts
         if self.config.prefix_cache:
@@ -357,8 +362,8 @@ class Scheduler:
             self._forget(entry)
             return
         request.status = Status.LEAVING
-        # A step in flight lets what is pending join the state, and all of its own tokens are rejected. A second one, or
-        # a chunk, lets tokens join that are not committed.
+        # A step in flight lets what is pending join the state; of its own tokens it lets the first join, which is the
+        # last one committed, or all are rejected. A second one, or a chunk, lets tokens join that are not committed.
         if entry.flights:
             is_one_step = len(entry.flights) == 1 and entry.flights[0].awaits_verdict
             entry.survives = entry.survives and is_one_step
