@@ -175,6 +175,7 @@ def serve(
     sequences: Annotated[int, typer.Option(min=1, help="Requests that are computed at the same time.")] = 64,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait beyond these.")] = 1024,
     max_context: Annotated[int | None, typer.Option(min=2, help="Tokens of a prompt and its answer.")] = None,
+    drafts: Annotated[int | None, typer.Option(min=0, help="Of a step. Left out, as many as are fastest.")] = None,
     drain_seconds: Annotated[float, typer.Option(min=0, help="For open requests at the end.")] = 30.0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -191,7 +192,7 @@ def serve(
         drain_seconds=drain_seconds,
         server=ServerConfig(model_name=served_model_name or model or "qwen3-next", api_keys=read_keys(api_key_file)),
     )
-    run(_llm(model, dtype, device, sequences, max_context), config)
+    run(_llm(model, dtype, device, sequences, max_context, drafts), config)
 
 
 @app.command()
@@ -284,10 +285,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _llm(model: str | None, dtype: str, device: str, sequences: int, max_context: int | None = None) -> "LLM":
+def _llm(
+    model: str | None,
+    dtype: str,
+    device: str,
+    sequences: int,
+    max_context: int | None = None,
+    drafts: int | None = None,
+) -> "LLM":
     from qwen3_next.engine import LLM, EngineConfig
 
-    config = EngineConfig(max_sequences=sequences, max_context=max_context)
+    config = EngineConfig(max_sequences=sequences, max_context=max_context, drafts="auto" if drafts is None else drafts)
     llm = LLM(model, dtype=dtype, device=device, config=config)
     gc.enable()  # see `main`; what follows may take hours
     return llm

@@ -3,7 +3,7 @@
 from qwen3_next.engine.async_engine import AsyncEngine, AsyncFigures
 from qwen3_next.engine.config import EngineConfig
 from qwen3_next.engine.draft_policy import DraftFigures, Tally
-from qwen3_next.engine.engine import Engine, Output
+from qwen3_next.engine.engine import Engine, Output, Step
 from qwen3_next.engine.llm import LLM, Completion, StreamUpdate
 from qwen3_next.engine.memory import Copy, Memory, MemoryFigures
 from qwen3_next.engine.plan import Plan, ScheduledSequence, SequenceResult, SnapshotOrder
@@ -37,6 +37,7 @@ __all__ = [
     "SequenceResult",
     "SnapshotOrder",
     "Status",
+    "Step",
     "StreamUpdate",
     "Structured",
     "Tally",

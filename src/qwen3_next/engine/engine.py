@@ -18,7 +18,7 @@ from qwen3_next.engine.grammar import GrammarCompiler, GrammarState
 from qwen3_next.engine.loading import LoadedModel
 from qwen3_next.engine.memory import Memory
 from qwen3_next.engine.plan import Plan, ScheduledSequence, SequenceResult
-from qwen3_next.engine.request import FinishReason, Request, RequestOutput
+from qwen3_next.engine.request import FinishReason, Request, RequestOutput, common_prefix
 from qwen3_next.engine.runner import Computed, Runner
 from qwen3_next.engine.sampler import Choice, Draw, Drawn, choose, draw
 from qwen3_next.engine.scheduler import Scheduler
@@ -29,12 +29,28 @@ from qwen3_next.ops.pages import PAGE
 
 
 @dataclass(frozen=True, kw_only=True)
+class Step:
+    """Where the text of one step comes from.
+
+    Attributes:
+        lengths: of each new token, how many characters of the text became visible with it.
+        accepted: how many of these tokens, from the first on, are drafts of the MTP layer that were accepted.
+        rejected: drafts that came to nothing: wrong, behind a wrong one, or behind the end of the text.
+    """
+
+    lengths: tuple[int, ...]
+    accepted: int
+    rejected: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Output:
     """What one step did for a request.
 
     Attributes:
         state: tokens, the reason of the end, counts.
         text: what may be shown now; nothing of a stop string, and no half of a character.
+        step: which tokens brought this text; what was held back until the end of the answer is in none of its lengths.
         logprobs: of the new tokens, where they were asked for.
         prompt_logprobs: of every token of the prompt, where they were asked for: told once, in the first output. The
             first token has none.
@@ -42,6 +58,7 @@ class Output:
 
     state: RequestOutput
     text: str
+    step: Step
     logprobs: tuple[Drawn, ...]
     prompt_logprobs: tuple[Drawn, ...]
 
@@ -56,6 +73,8 @@ class _Stream:
     grammar: GrammarState | None
     prompt_logprobs: list[Drawn]
     text: str = ""
+    lengths: list[int] = field(default_factory=list[int])
+    drafts: tuple[int, ...] = ()
     logprobs: list[Drawn] = field(default_factory=list[Drawn])
     error: InputError | None = None
 
@@ -229,6 +248,7 @@ class Engine:
             if request.finish is not None:  # it ended while this was computed; its rows have no reader
                 continue
             stream = self._streams[request.request_id]
+            stream.drafts = drafts
             masks = zip_longest(self._masks(stream, drafts), range(sequence.drafts + 1))
             flight.draws.append([Draw(request, stream.seed, mask, drafts[:count]) for mask, count in masks])
             rows += range(first, behind)
@@ -316,10 +336,12 @@ class Engine:
         for count, (token, drawn) in enumerate(zip(verdict.tokens, verdict.accepted, strict=True), 1):
             is_over = self._accept(stream, token)
             stream.logprobs.append(drawn)
+            shown = len(stream.text)
             if token not in ends:
                 text = stream.characters.push(token)
                 may_stop = request.output_length + count >= params.min_tokens
                 stream.text += stream.stops.push(text) if may_stop else text
+            stream.lengths.append(len(stream.text) - shown)
             is_over |= stream.stops.found
             if token in ends or is_over:
                 return verdict.tokens[:count], is_over
@@ -342,11 +364,14 @@ class Engine:
             del self._streams[state.request_id]
             if self.drafter is not None:
                 self.drafter.forget(state.request_id)
+        accepted = common_prefix(state.tokens, stream.drafts)
+        lengths = tuple(stream.lengths[: len(state.tokens)])
         output = Output(
             state=state,
             text=stream.text,
+            step=Step(lengths=lengths, accepted=accepted, rejected=len(stream.drafts) - accepted),
             logprobs=tuple(stream.logprobs),
             prompt_logprobs=tuple(stream.prompt_logprobs),
         )
-        stream.text, stream.logprobs, stream.prompt_logprobs = "", [], []
+        stream.text, stream.lengths, stream.drafts, stream.logprobs, stream.prompt_logprobs = "", [], (), [], []
         return output

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from rich.progress import Progress
 
 from qwen3_next.engine.config import EngineConfig
-from qwen3_next.engine.engine import Engine, Output
+from qwen3_next.engine.engine import Engine, Output, Step
 from qwen3_next.engine.loading import find_model, load_model
 from qwen3_next.engine.request import FinishReason, Request, RequestOutput, SamplingParams
 from qwen3_next.engine.sampler import Drawn
@@ -50,6 +50,7 @@ class StreamUpdate:
     Attributes:
         sample: which of the `params.n` answers.
         text: whole characters, nothing of a stop string; may be empty while one is incomplete.
+        steps: that the text and the tokens come from; text behind the sum of their lengths was held back until the end.
         finish: why it ended; None while it goes on.
         error: with `FinishReason.ERROR`, what went wrong with this request.
         logprobs: of each new token, where they were asked for.
@@ -61,6 +62,7 @@ class StreamUpdate:
     sample: int
     text: str
     token_ids: tuple[int, ...]
+    steps: tuple[Step, ...]
     finish: FinishReason | None
     error: Qwen3NextError | None
     logprobs: tuple[Drawn, ...] | None
@@ -77,6 +79,7 @@ class Growing:
     request: Request
     text: str = ""
     token_ids: list[int] = field(default_factory=list[int])
+    steps: list[Step] = field(default_factory=list[Step])
     logprobs: list[Drawn] = field(default_factory=list[Drawn])
     prompt_logprobs: list[Drawn] = field(default_factory=list[Drawn])
     state: RequestOutput | None = None
@@ -86,6 +89,7 @@ class Growing:
         self.state = output.state
         self.text += output.text
         self.token_ids += output.state.tokens
+        self.steps += [output.step] if output.state.tokens else []
         self.logprobs += output.logprobs
         self.prompt_logprobs += output.prompt_logprobs
 
@@ -119,6 +123,7 @@ class Growing:
             sample=self.request.sample,
             text=self.text,
             token_ids=tuple(self.token_ids),
+            steps=tuple(self.steps),
             finish=state.finish,
             error=state.error,
             logprobs=self._logprobs(),
@@ -127,7 +132,7 @@ class Growing:
             cached_tokens=state.cached_tokens,
             output_tokens=state.output_tokens,
         )
-        self.text, self.token_ids, self.logprobs, self.prompt_logprobs = "", [], [], []
+        self.text, self.token_ids, self.steps, self.logprobs, self.prompt_logprobs = "", [], [], [], []
         return update
 
     def _logprobs(self) -> tuple[Drawn, ...] | None:

@@ -5,11 +5,12 @@ import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qwen3_next.engine import LLM, AsyncEngine, Completion, FinishReason, SamplingParams, StreamUpdate, Structured
 from qwen3_next.errors import CheckpointError, EngineError, InputError, Qwen3NextError
+from qwen3_next.server.drafts import cut
 from qwen3_next.server.schema import ChatRequest, CompletionRequest, Sampled
 
 LEAST_LOGPROB = -9999.0
@@ -83,6 +84,7 @@ async def chunks(
     answers = _Answers(engine.llm, job)
     options = job.body.stream_options
     with_usage = options is not None and options.include_usage
+    with_drafts = options is not None and options.include_drafts
     empty = {"usage": None} if with_usage else {}
     try:
         if job.is_chat:
@@ -92,8 +94,10 @@ async def chunks(
         while update is not None:
             raise_for(update)
             answers.count(0, update.sample, update, update.output_tokens)
-            if update.text or update.finish or update.logprobs:
-                yield _event(answers.envelope([answers.piece(update)], is_chunk=True) | empty)
+            for piece, origin in cut(update) if with_drafts else [(update, None)]:
+                if piece.text or piece.finish or piece.logprobs or origin:
+                    told = {} if origin is None else {"drafts": asdict(origin)}
+                    yield _event(answers.envelope([answers.piece(piece) | told], is_chunk=True) | empty)
             update = await anext(updates, None)
         if with_usage:
             yield _event(answers.envelope([], is_chunk=True) | {"usage": answers.usage()})

@@ -73,9 +73,10 @@ class Message(Strict):
 
 
 class StreamOptions(Strict):
-    """`include_usage` adds a last chunk that counts tokens."""
+    """`include_usage` adds a last chunk that counts tokens; `include_drafts` tells accepted drafts from others."""
 
     include_usage: bool = False
+    include_drafts: bool = False
 
 
 class NamedSchema(Strict):
