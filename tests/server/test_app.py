@@ -445,7 +445,7 @@ def test_a_step_that_fails_is_the_servers_mistake_and_the_next_request_is_served
 
     async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
         response = await client.post(CHAT, json=BODY | {"stream": stream})
-        assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
+        assert (response.status_code, response.json()["error"]["type"]) == (503, "server_error")
         assert (await client.post(CHAT, json=BODY | {"stream": stream})).status_code == 200
 
     ask(use)

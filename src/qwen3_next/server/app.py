@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from qwen3_next.engine import AsyncEngine, StreamUpdate
-from qwen3_next.errors import CapacityError, InputError, OverloadedError, Qwen3NextError
+from qwen3_next.errors import CapacityError, DeadlineError, EngineError, InputError, OverloadedError, Qwen3NextError
 from qwen3_next.server import bridge, schema
 from qwen3_next.server.metrics import Metrics
 
@@ -37,12 +37,25 @@ class ServerConfig:
         api_keys: one of them must come with each request but those for its health; none: everyone is served.
         max_body_bytes: of a request.
         ready_seconds: that the trial behind /ready may take.
+        request_timeout: seconds for the body of a request, and again from there to the end of its answer, waiting
+            included; None for as long as it takes.
+
+    Raises:
+        InputError: no time at all.
     """
 
     model_name: str = "qwen3-next"
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     max_body_bytes: int = 16 * 2**20
     ready_seconds: float = 30.0
+    request_timeout: float | None = 600.0
+
+    def __post_init__(self) -> None:
+        if self.request_timeout is not None and not 0 < self.request_timeout < float("inf"):
+            raise InputError(
+                f"request_timeout = {self.request_timeout} cannot be served. Allowed: seconds above 0. Leave it out "
+                "for ten minutes."
+            )
 
 
 class RequestError(Exception):
@@ -103,7 +116,9 @@ class _Routes:
 
     async def health(self) -> Response:
         is_healthy = self.engine.is_healthy
-        return JSONResponse({"status": "ok" if is_healthy else "failed"}, 200 if is_healthy else 503)
+        if is_healthy:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "failed", "reason": self.engine.reason}, 503)
 
     async def ready(self) -> Response:
         """Whether a token can be written now; whoever asks meanwhile waits for the same trial."""
@@ -160,8 +175,11 @@ class _Routes:
         self._require_model(body.model)
         job = await asyncio.to_thread(bridge.job_of, self.engine.llm, body)
         if not body.stream:
-            return JSONResponse(await _unless_gone(request, bridge.answer(self.engine, job)))
-        updates = self.metrics.timed(self.engine.stream(job.prompts[0], job.params))
+            whole = bridge.answer(self.engine, job, self.config.request_timeout)
+            return JSONResponse(await _unless_gone(request, whole))
+        updates = self.metrics.timed(
+            self.engine.stream(job.prompts[0], job.params, timeout=self.config.request_timeout)
+        )
         try:
             first = await _unless_gone(request, anext(updates))  # what is refused has a status of its own
             bridge.raise_for(first)
@@ -172,10 +190,17 @@ class _Routes:
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
         most, data = self.config.max_body_bytes, bytearray()
-        async for piece in request.stream():
-            data += piece
-            if len(data) > most:
-                raise RequestError(413, f"the request is longer than the {most} bytes that are allowed. Shorten it.")
+        too_long = RequestError(413, f"the request is longer than the {most} bytes that are allowed. Shorten it.")
+        if int(request.headers.get("content-length", 0)) > most:
+            raise too_long  # before a client that asks first has sent it
+        try:
+            async with asyncio.timeout(self.config.request_timeout):
+                async for piece in request.stream():
+                    data += piece
+                    if len(data) > most:
+                        raise too_long
+        except TimeoutError as error:
+            raise RequestError(408, f"no whole body after {self.config.request_timeout} seconds.") from error
         return kind.model_validate_json(bytes(data))
 
     def _require_model(self, name: str | None) -> None:
@@ -210,8 +235,12 @@ class _Routes:
                 status, code, headers = 429, "overloaded", {"Retry-After": "1"}
             case ClientDisconnect():  # nobody reads this
                 status = 499
+            case DeadlineError():
+                status, code = 504, "timeout"
+            case EngineError():
+                status, headers = 503, {"Retry-After": "1"}
             case Qwen3NextError():
-                status = 500 if self.engine.is_healthy else 503
+                status = 500
             case _:
                 message = "the server failed; its log says how."
         kind = {401: "authentication_error", 429: "overloaded_error"}.get(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3_next.engine import LLM, AsyncEngine, Completion, FinishReason, SamplingParams, StreamUpdate, Structured
-from qwen3_next.errors import CheckpointError, EngineError, InputError, Qwen3NextError
+from qwen3_next.errors import CheckpointError, DeadlineError, EngineError, InputError, Qwen3NextError
 from qwen3_next.server.schema import ChatRequest, CompletionRequest, Sampled
 
 LEAST_LOGPROB = -9999.0
@@ -54,13 +54,16 @@ def job_of(llm: LLM, body: ChatRequest | CompletionRequest) -> Job:
     return Job(body=body, prompts=[llm.encoded(text)], params=_params(llm, body, most, reported))
 
 
-async def answer(engine: AsyncEngine, job: Job) -> Json:
+async def answer(engine: AsyncEngine, job: Job, timeout: float | None) -> Json:
     """The whole answer.
+
+    Args:
+        timeout: seconds that it may take; None for as long as it takes.
 
     Raises:
         Qwen3NextError: the engine refused it, or failed.
     """
-    tasks = [asyncio.ensure_future(engine.generate(prompt, job.params)) for prompt in job.prompts]
+    tasks = [asyncio.ensure_future(engine.generate(prompt, job.params, timeout=timeout)) for prompt in job.prompts]
     try:
         groups = await asyncio.gather(*tasks)
     finally:
@@ -98,7 +101,7 @@ async def chunks(
         if with_usage:
             yield _event(answers.envelope([], is_chunk=True) | {"usage": answers.usage()})
     except Qwen3NextError as error:
-        yield _event(failure(str(error), "server_error"))
+        yield _event(failure(str(error), "server_error", code="timeout" if isinstance(error, DeadlineError) else None))
     yield "data: [DONE]\n\n"
 
 
