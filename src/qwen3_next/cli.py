@@ -179,6 +179,7 @@ def serve(
     ] = None,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request.")] = 16 * 2**20,
     request_timeout: Annotated[float, typer.Option(help="Seconds for an answer, waiting included.")] = 600.0,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what requests hold, prompts too.")] = False,
     max_restarts: Annotated[int, typer.Option(min=0, help="Of a failing engine, in five minutes.")] = 5,
     drain_seconds: Annotated[float, typer.Option(min=0, help="For open requests at the end.")] = 30.0,
     dtype: Dtype = "auto",
@@ -200,6 +201,7 @@ def serve(
             api_keys=read_keys(api_key_file),
             max_body_bytes=max_body_bytes,
             request_timeout=request_timeout,
+            log_prompts=log_prompts,
         ),
     )
     run(_llm(model, dtype, device, sequences, max_model_len), config)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from threading import Condition, Thread
 
 from qwen3_next.engine.engine import Output
+from qwen3_next.engine.grammar import GrammarState
 from qwen3_next.engine.llm import LLM, Completion, Growing, Prompt, StreamUpdate
 from qwen3_next.engine.memory import MemoryFigures
 from qwen3_next.engine.request import FinishReason, Request, SamplingParams
@@ -52,8 +53,8 @@ class AsyncFigures:
 class _Channel:
     """From the engine's thread to one reader: what it has not read yet, in one piece however long it takes."""
 
-    def __init__(self, name: str, requests: Sequence[Request], as_whole: bool) -> None:
-        self.name, self.as_whole = name, as_whole
+    def __init__(self, name: str, requests: Sequence[Request], as_whole: bool, grammar: GrammarState | None) -> None:
+        self.name, self.as_whole, self.grammar = name, as_whole, grammar
         self.growing = {request.request_id: Growing(request) for request in requests}
         self.open = set(self.growing)
         self.error: Qwen3NextError | None = None
@@ -134,7 +135,7 @@ class AsyncEngine:
             DeadlineError: it was not done in time; its memory is free after the step in progress.
             EngineError: the engine failed in the middle of it, or is closed.
         """
-        channel = self._open(prompt, params, priority, request_id, timeout, as_whole=False)
+        channel = await self._open(prompt, params, priority, request_id, timeout, as_whole=False)
         try:
             is_open, growing = True, list(channel.growing.values())
             while is_open:
@@ -158,7 +159,7 @@ class AsyncEngine:
         timeout: float | None = None,
     ) -> tuple[Completion, ...]:
         """The `params.n` whole answers; the rest is as in `stream`."""
-        channel = self._open(prompt, params, priority, request_id, timeout, as_whole=True)
+        channel = await self._open(prompt, params, priority, request_id, timeout, as_whole=True)
         try:
             await channel.news.wait()
             with self._changed:
@@ -206,6 +207,11 @@ class AsyncEngine:
         return "" if self.is_healthy else "the engine is closed"
 
     @property
+    def most_open(self) -> int:
+        """Requests, each sample being one, that are computed or may wait; the next is refused."""
+        return self.engine.division.limits.max_sequences + self.max_waiting
+
+    @property
     def figures(self) -> AsyncFigures:
         """Counts, queues and memory."""
         with self._changed:
@@ -223,7 +229,7 @@ class AsyncEngine:
                 memory=memory,
             )
 
-    def _open(
+    async def _open(
         self,
         prompt: Prompt,
         params: SamplingParams | None,
@@ -234,16 +240,26 @@ class AsyncEngine:
         as_whole: bool,
     ) -> _Channel:
         name = f"stream-{next(self._numbers)}" if name is None else name
-        requests = self.llm.requests(prompt, self.llm.default_params() if params is None else params, name)
+        chosen = self.llm.default_params() if params is None else params
+        requests = self.llm.requests(prompt, chosen, name)
+        grammar = None
+        if chosen.structured is not None:  # may take a second, during which the others go on
+            try:
+                async with asyncio.timeout(timeout):
+                    grammar = await asyncio.to_thread(self.engine.compiled, chosen.structured)
+            except TimeoutError as error:
+                raise DeadlineError(f"the grammar takes more than {timeout} seconds. Simplify it.") from error
         for request in requests:
             request.priority = priority
-        channel = _Channel(name, requests, as_whole)
+        channel = _Channel(name, requests, as_whole, grammar)
         with self._changed:
             if self._failure is not None or self._closing:
                 raise EngineError(f"{self.reason}; start another one.") from self._failure
             if name in self._channels or self._owners.keys() & channel.open:
                 raise InputError(f"request_id = {name!r} is in use. Allowed: one that no open request has.")
-            most = self.engine.division.limits.max_sequences + self.max_waiting
+            most = self.most_open
+            if len(requests) > most:
+                raise InputError(f"n = {len(requests)} cannot be served. Allowed: at most {most}. Ask several times.")
             if len(self._owners) + len(requests) > most:
                 self._counts["refused"] += 1
                 raise OverloadedError(
@@ -326,7 +342,7 @@ class AsyncEngine:
     def _add(self, channel: _Channel) -> None:
         try:
             for one in channel.growing.values():
-                self.engine.add(one.request)
+                self.engine.add(one.request, channel.grammar)
         except Exception as error:
             for name in channel.growing:
                 self.engine.abort(name)

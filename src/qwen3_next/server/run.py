@@ -10,6 +10,7 @@ import uvicorn
 from qwen3_next.engine import LLM, AsyncEngine
 from qwen3_next.errors import InputError
 from qwen3_next.server.app import ServerConfig, create_app
+from qwen3_next.server.logs import configure
 
 GRACE = 10
 """Seconds that the last answers may take on their way to clients that read slowly."""
@@ -56,6 +57,8 @@ class Server(uvicorn.Server):
                 host=config.host,
                 port=config.port,
                 server_header=False,
+                access_log=False,  # `Logged` says more
+                log_config=None,
                 timeout_graceful_shutdown=round(config.drain_seconds) + GRACE,
             )
         )
@@ -78,6 +81,8 @@ def run(llm: LLM, config: RunConfig) -> None:
     Raises:
         InputError: a negative number of waiting requests or restarts.
     """
+
+    configure()
 
     async def serve() -> None:
         engine = AsyncEngine(llm, max_waiting=config.max_waiting, max_restarts=config.max_restarts)
