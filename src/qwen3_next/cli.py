@@ -174,7 +174,13 @@ def serve(
     served_model_name: Annotated[str | None, typer.Option(help="Left out, --model, or qwen3-next.")] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Requests that are computed at the same time.")] = 64,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait beyond these.")] = 1024,
-    max_context: Annotated[int | None, typer.Option(min=2, help="Tokens of a prompt and its answer.")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option("--max-model-len", "--max-context", min=2, help="Tokens of a prompt and its answer.")
+    ] = None,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request.")] = 16 * 2**20,
+    request_timeout: Annotated[float, typer.Option(help="Seconds for an answer, waiting included.")] = 600.0,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what requests hold, prompts too.")] = False,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Of a failing engine, in five minutes.")] = 5,
     drafts: Annotated[int | None, typer.Option(min=0, help="Of a step. Left out, as many as are fastest.")] = None,
     drain_seconds: Annotated[float, typer.Option(min=0, help="For open requests at the end.")] = 30.0,
     dtype: Dtype = "auto",
@@ -189,10 +195,17 @@ def serve(
         port=port,
         is_insecure=insecure,
         max_waiting=max_waiting,
+        max_restarts=max_restarts,
         drain_seconds=drain_seconds,
-        server=ServerConfig(model_name=served_model_name or model or "qwen3-next", api_keys=read_keys(api_key_file)),
+        server=ServerConfig(
+            model_name=served_model_name or model or "qwen3-next",
+            api_keys=read_keys(api_key_file),
+            max_body_bytes=max_body_bytes,
+            request_timeout=request_timeout,
+            log_prompts=log_prompts,
+        ),
     )
-    run(_llm(model, dtype, device, sequences, max_context, drafts), config)
+    run(_llm(model, dtype, device, sequences, max_model_len, drafts), config)
 
 
 @app.command()

@@ -8,6 +8,7 @@
     │   └── CapacityError             a request, or a scheduler, that the engine's memory can never hold
     ├── BackendError     RuntimeError the requested kernels or device cannot run here
     ├── EngineError      RuntimeError the engine failed or is closed, through no fault of the request
+    │   ├── DeadlineError             a request was not done in the time that it had
     │   └── OverloadedError           too many requests wait already; try again later
     └── TrainingError    RuntimeError a training run cannot start or go on
         ├── DataError                 the training data is missing, empty or malformed
@@ -24,6 +25,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DeadlineError",
     "DivergedError",
     "EngineError",
     "InputError",
@@ -63,6 +65,10 @@ class BackendError(Qwen3NextError, RuntimeError):
 
 class EngineError(Qwen3NextError, RuntimeError):
     """The engine failed in the middle of a call, or is closed; the same request may work another time."""
+
+
+class DeadlineError(EngineError):
+    """A request was not done in the time that it had, and was ended."""
 
 
 class OverloadedError(EngineError):

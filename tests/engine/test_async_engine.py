@@ -14,7 +14,8 @@ from tests.conftest import scramble, tiny_config
 import qwen3_next
 from qwen3_next import Qwen3NextForCausalLM
 from qwen3_next.engine import LLM, AsyncEngine, Engine, EngineConfig, FinishReason, SamplingParams, StreamUpdate
-from qwen3_next.errors import CapacityError, EngineError, InputError, OverloadedError
+from qwen3_next.engine.request import Structured
+from qwen3_next.errors import CapacityError, DeadlineError, EngineError, InputError, OverloadedError
 from qwen3_next.ops.backend import _selected, use
 
 ASSETS = Path(qwen3_next.__file__).parent / "assets"
@@ -394,3 +395,60 @@ def test_the_thread_computes_with_the_backend_of_its_maker(llm: LLM, monkeypatch
 def test_a_limit_below_nothing_is_refused(llm: LLM) -> None:
     with pytest.raises(InputError, match="max_waiting = -1"):
         AsyncEngine(llm, max_waiting=-1)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_time_that_is_over_ends_a_request_and_no_other(llm: LLM, whole: bool) -> None:
+    async def use_it(engine: AsyncEngine) -> None:
+        other = asyncio.create_task(collect(engine.stream(PROMPTS[1], ENDLESS, timeout=60)))
+        late = engine.generate if whole else lambda *given, **named: collect(engine.stream(*given, **named))
+        with pytest.raises(DeadlineError, match=r"0\.05 seconds"):
+            await late(PROMPTS[0], ENDLESS, timeout=0.05)
+        assert len(ids(await other)) == 300
+        await drained(engine)
+
+    assert run(llm, use_it).figures.finished == {FinishReason.ABORT: 1, FinishReason.LENGTH: 1}
+
+
+def test_others_go_on_while_a_grammar_is_compiled(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go, compiled = Event(), Event(), Engine.compiled
+
+    def slow(engine: Engine, structured: Structured) -> Any:
+        begun.set()
+        assert go.wait(60)
+        return compiled(engine, structured)
+
+    monkeypatch.setattr(Engine, "compiled", slow)
+    params = SamplingParams(max_tokens=9, n=2, structured=Structured(kind="regex", grammar="(ab){1,9}"))
+
+    async def use_it(engine: AsyncEngine) -> None:
+        asked = asyncio.create_task(engine.generate(PROMPTS[0], params))
+        assert await asyncio.to_thread(begun.wait, 60)
+        assert len(ids(await collect(engine.stream(PROMPTS[1], ENDLESS)))) == 300
+        with pytest.raises(DeadlineError, match="grammar"):
+            await engine.generate(PROMPTS[0], params, timeout=0.01)
+        go.set()
+        for answer in await asked:
+            assert answer.text.startswith("ab")
+
+    run(llm, use_it)
+
+
+def test_a_grammar_that_takes_too_much_is_refused_alone(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=9, structured=Structured(kind="regex", grammar="a?" * 20_000))
+
+    async def use_it(engine: AsyncEngine) -> None:
+        other = asyncio.create_task(collect(engine.stream(PROMPTS[1], ENDLESS)))
+        with pytest.raises(InputError, match="too big"):
+            await engine.generate(PROMPTS[0], params)
+        assert len(ids(await other)) == 300
+
+    run(llm, use_it)
+
+
+def test_more_samples_than_can_ever_be_open_are_an_input_error(llm: LLM) -> None:
+    async def use_it(engine: AsyncEngine) -> None:
+        with pytest.raises(InputError, match="at most 6"):
+            await engine.generate(PROMPTS[0], SamplingParams(n=7))
+
+    run(llm, use_it, max_waiting=2)

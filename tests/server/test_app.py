@@ -224,9 +224,14 @@ def test_models_are_listed_and_others_are_not_here(ask: Ask) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_comes_when_too_many_wait_is_told_to_come_again(ask: Ask, stream: bool) -> None:
     async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
-        response = await client.post(CHAT, json=BODY | {"n": 9, "stream": stream})
+        others = engine.stream("Once", engine.llm.default_params(n=8, max_tokens=400, ignore_eos=True))
+        await anext(others)
+        response = await client.post(CHAT, json=BODY | {"stream": stream})
         assert (response.status_code, response.json()["error"]["code"]) == (429, "overloaded")
         assert int(response.headers["retry-after"]) > 0
+        await others.aclose()
+        while engine.figures.open:
+            await asyncio.sleep(0.001)
         assert (await client.post(CHAT, json=BODY)).status_code == 200
 
     ask(use, max_waiting=0)
@@ -316,7 +321,49 @@ def test_a_streamed_completion_adds_up(ask: Ask) -> None:
         assert "".join(piece["text"] for piece in pieces) == whole["text"]
         offsets = [place for piece in pieces for place in piece["logprobs"]["text_offset"]]
         assert offsets == whole["logprobs"]["text_offset"]
-        assert (await client.post(COMPLETE, json=PROMPT | {"stream": True, "prompt": ["a", "b"]})).status_code == 400
+
+    ask(use)
+
+
+def test_several_prompts_stream_as_they_answer(ask: Ask) -> None:
+    body = PROMPT | {"prompt": ["Once upon", "def add(", "The"], "n": 2, "temperature": 1, "seed": 4, "max_tokens": 6}
+
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        whole = (await client.post(COMPLETE, json=body)).raise_for_status().json()
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        *events, last = events_of((await client.post(COMPLETE, json=body | options)).text)
+        pieces = [choice for event in events for choice in event["choices"]]
+        for choice in whole["choices"]:
+            own = [piece for piece in pieces if piece["index"] == choice["index"]]
+            assert "".join(piece["text"] for piece in own) == choice["text"]
+            assert [piece["finish_reason"] for piece in own if piece["finish_reason"]] == [choice["finish_reason"]]
+        counts = ("prompt_tokens", "completion_tokens")
+        assert [last["usage"][name] for name in counts] == [whole["usage"][name] for name in counts]
+        refused = await client.post(COMPLETE, json=body | options | {"prompt": [[5], [10**6]]})
+        assert refused.status_code == 400
+
+    ask(use)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("change", [{"n": 11}, {"prompt": ["a"] * 6, "n": 2}], ids=str)
+def test_what_can_never_be_open_at_once_is_the_clients_mistake(ask: Ask, change: dict[str, Any], stream: bool) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        response = await client.post(COMPLETE, json=PROMPT | change | {"stream": stream})
+        assert (response.status_code, "Allowed: 10 in all" in response.json()["error"]["message"]) == (400, True)
+        assert engine.figures.refused == 0
+
+    ask(use, max_waiting=2)
+
+
+def test_pages_of_other_places_may_not_ask(ask: Ask) -> None:
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        headers = {"Origin": "http://elsewhere", "Access-Control-Request-Method": "POST"}
+        for response in (
+            await client.options(CHAT, headers=headers),
+            await client.post(CHAT, json=BODY, headers=headers),
+        ):
+            assert not [name for name in response.headers if name.startswith("access-control-")]
 
     ask(use)
 
@@ -445,7 +492,7 @@ def test_a_step_that_fails_is_the_servers_mistake_and_the_next_request_is_served
 
     async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
         response = await client.post(CHAT, json=BODY | {"stream": stream})
-        assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
+        assert (response.status_code, response.json()["error"]["type"]) == (503, "server_error")
         assert (await client.post(CHAT, json=BODY | {"stream": stream})).status_code == 200
 
     ask(use)

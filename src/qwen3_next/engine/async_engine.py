@@ -4,17 +4,25 @@ import asyncio
 import contextlib
 import contextvars
 import itertools
-from collections import Counter
+import logging
+import time
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Condition, Thread
 
 from qwen3_next.engine.engine import Output
+from qwen3_next.engine.grammar import GrammarState
 from qwen3_next.engine.llm import LLM, Completion, Growing, Prompt, StreamUpdate
 from qwen3_next.engine.memory import MemoryFigures
 from qwen3_next.engine.request import FinishReason, Request, SamplingParams
 from qwen3_next.engine.scheduler_config import SchedulerFigures
-from qwen3_next.errors import EngineError, InputError, OverloadedError, Qwen3NextError
+from qwen3_next.errors import DeadlineError, EngineError, InputError, OverloadedError, Qwen3NextError
+
+RESTART_WINDOW = 300.0
+"""Seconds in which restarts are counted."""
+
+logger = logging.getLogger("qwen3_next.engine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +53,12 @@ class AsyncFigures:
 class _Channel:
     """From the engine's thread to one reader: what it has not read yet, in one piece however long it takes."""
 
-    def __init__(self, name: str, requests: Sequence[Request], as_whole: bool) -> None:
-        self.name, self.as_whole = name, as_whole
+    def __init__(self, name: str, requests: Sequence[Request], as_whole: bool, grammar: GrammarState | None) -> None:
+        self.name, self.as_whole, self.grammar = name, as_whole, grammar
         self.growing = {request.request_id: Growing(request) for request in requests}
         self.open = set(self.growing)
         self.error: Qwen3NextError | None = None
+        self.timer: asyncio.TimerHandle | None = None
         self.news, self.loop = asyncio.Event(), asyncio.get_running_loop()
         self.is_called = False
 
@@ -70,18 +79,20 @@ class AsyncEngine:
             print(update.text, end="")
     """
 
-    def __init__(self, llm: LLM, *, max_waiting: int = 1024) -> None:
+    def __init__(self, llm: LLM, *, max_waiting: int = 1024, max_restarts: int = 5) -> None:
         """Start the thread.
 
         Args:
             max_waiting: requests that may be open beyond those that are computed at the same time.
+            max_restarts: after steps that fail, within `RESTART_WINDOW`; one more failure ends the thread.
 
         Raises:
             InputError: a negative number of them.
         """
-        if max_waiting < 0:
-            raise InputError(f"max_waiting = {max_waiting} cannot be served. Allowed: 0 or more.")
-        self.llm, self.engine, self.max_waiting = llm, llm.engine, max_waiting
+        for name, value in (("max_waiting", max_waiting), ("max_restarts", max_restarts)):
+            if value < 0:
+                raise InputError(f"{name} = {value} cannot be served. Allowed: 0 or more.")
+        self.llm, self.engine, self.max_waiting, self.max_restarts = llm, llm.engine, max_waiting, max_restarts
         self._changed = Condition()
         """Guards everything below. The engine itself is the thread's alone."""
         self._channels: dict[str, _Channel] = {}
@@ -90,6 +101,7 @@ class AsyncEngine:
         self._aborted: list[_Channel] = []
         self._closing = False
         self._failure: Exception | None = None
+        self._restarts: deque[float] = deque(maxlen=max_restarts)
         self._counts: Counter[str] = Counter()
         self._finished: Counter[FinishReason] = Counter()
         self._numbers = itertools.count()
@@ -105,6 +117,7 @@ class AsyncEngine:
         *,
         priority: int = 0,
         request_id: str | None = None,
+        timeout: float | None = None,
     ) -> AsyncGenerator[StreamUpdate]:
         """Continue a prompt piece by piece; with `params.n` answers their pieces take turns.
 
@@ -114,13 +127,15 @@ class AsyncEngine:
             params: None for those of the model's generation_config.json.
             priority: a request counts as if it had come so many times `Scheduler.aging` steps earlier.
             request_id: for `abort`; None for a new one.
+            timeout: seconds that it may be open, waiting included; None for as long as it takes.
 
         Raises:
             InputError, CapacityError: the request cannot be served.
             OverloadedError: too many wait.
+            DeadlineError: it was not done in time; its memory is free after the step in progress.
             EngineError: the engine failed in the middle of it, or is closed.
         """
-        channel = self._open(prompt, params, priority, request_id, as_whole=False)
+        channel = await self._open(prompt, params, priority, request_id, timeout, as_whole=False)
         try:
             is_open, growing = True, list(channel.growing.values())
             while is_open:
@@ -141,9 +156,10 @@ class AsyncEngine:
         *,
         priority: int = 0,
         request_id: str | None = None,
+        timeout: float | None = None,
     ) -> tuple[Completion, ...]:
         """The `params.n` whole answers; the rest is as in `stream`."""
-        channel = self._open(prompt, params, priority, request_id, as_whole=True)
+        channel = await self._open(prompt, params, priority, request_id, timeout, as_whole=True)
         try:
             await channel.news.wait()
             with self._changed:
@@ -184,6 +200,18 @@ class AsyncEngine:
         return self._failure is None and not self._closing and self._thread.is_alive()
 
     @property
+    def reason(self) -> str:
+        """Why nothing is taken any more; empty while it is."""
+        if self._failure is not None:
+            return f"the engine failed and is not restarted ({type(self._failure).__name__}: {self._failure})"
+        return "" if self.is_healthy else "the engine is closed"
+
+    @property
+    def most_open(self) -> int:
+        """Requests, each sample being one, that are computed or may wait; the next is refused."""
+        return self.engine.division.limits.max_sequences + self.max_waiting
+
+    @property
     def figures(self) -> AsyncFigures:
         """Counts, queues and memory."""
         with self._changed:
@@ -201,20 +229,37 @@ class AsyncEngine:
                 memory=memory,
             )
 
-    def _open(
-        self, prompt: Prompt, params: SamplingParams | None, priority: int, name: str | None, *, as_whole: bool
+    async def _open(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        priority: int,
+        name: str | None,
+        timeout: float | None,
+        *,
+        as_whole: bool,
     ) -> _Channel:
         name = f"stream-{next(self._numbers)}" if name is None else name
-        requests = self.llm.requests(prompt, self.llm.default_params() if params is None else params, name)
+        chosen = self.llm.default_params() if params is None else params
+        requests = self.llm.requests(prompt, chosen, name)
+        grammar = None
+        if chosen.structured is not None:  # may take a second, during which the others go on
+            try:
+                async with asyncio.timeout(timeout):
+                    grammar = await asyncio.to_thread(self.engine.compiled, chosen.structured)
+            except TimeoutError as error:
+                raise DeadlineError(f"the grammar takes more than {timeout} seconds. Simplify it.") from error
         for request in requests:
             request.priority = priority
-        channel = _Channel(name, requests, as_whole)
+        channel = _Channel(name, requests, as_whole, grammar)
         with self._changed:
             if self._failure is not None or self._closing:
-                raise EngineError("the engine is closed, or it failed; start another one.") from self._failure
+                raise EngineError(f"{self.reason}; start another one.") from self._failure
             if name in self._channels or self._owners.keys() & channel.open:
                 raise InputError(f"request_id = {name!r} is in use. Allowed: one that no open request has.")
-            most = self.engine.division.limits.max_sequences + self.max_waiting
+            most = self.most_open
+            if len(requests) > most:
+                raise InputError(f"n = {len(requests)} cannot be served. Allowed: at most {most}. Ask several times.")
             if len(self._owners) + len(requests) > most:
                 self._counts["refused"] += 1
                 raise OverloadedError(
@@ -225,7 +270,16 @@ class AsyncEngine:
             self._owners |= dict.fromkeys(channel.growing, channel)
             self._added.append(channel)
             self._changed.notify()
+        if timeout is not None:
+            channel.timer = channel.loop.call_later(timeout, self._expire, channel, timeout)
         return channel
+
+    def _expire(self, channel: _Channel, seconds: float) -> None:
+        with self._changed:
+            if channel.open:
+                channel.error = DeadlineError(f"no end after {seconds} seconds, which are allowed. Ask for less.")
+                channel.news.set()
+                self._leave(channel)
 
     def _look(self, channel: _Channel) -> bool:
         """A reader has taken what there was. Whether more will come."""
@@ -237,6 +291,8 @@ class AsyncEngine:
 
     def _leave(self, channel: _Channel) -> None:
         """Nobody wants what has not come yet."""
+        if channel.timer is not None:
+            channel.timer.cancel()
         with self._changed:
             if channel.open:
                 self._aborted.append(channel)
@@ -251,12 +307,22 @@ class AsyncEngine:
                     self._hand_out(self.engine.step())
                 except Exception as error:
                     self._fail(error)
+                    self._require_restart(error)
                     self._hand_out(self.engine.reset())
-        except Exception as error:  # not even ending all requests works
+        except Exception as error:  # not even ending all requests works, or it failed too often
+            logger.error("engine stopped", exc_info=error)
             with self._changed:
                 self._failure = error
                 self._added.clear()
                 self._fail(error)
+
+    def _require_restart(self, error: Exception) -> None:
+        """Count a restart; raise the error again where there were too many: what breaks each time is not mended so."""
+        now, most = time.monotonic(), self.max_restarts
+        if len(self._restarts) == most and (not most or now - self._restarts[0] < RESTART_WINDOW):
+            raise error
+        self._restarts.append(now)
+        logger.error("engine restarts", exc_info=error)
 
     def _take_orders(self) -> bool:
         """Wait for something to do. False: it is all done."""
@@ -276,7 +342,7 @@ class AsyncEngine:
     def _add(self, channel: _Channel) -> None:
         try:
             for one in channel.growing.values():
-                self.engine.add(one.request)
+                self.engine.add(one.request, channel.grammar)
         except Exception as error:
             for name in channel.growing:
                 self.engine.abort(name)

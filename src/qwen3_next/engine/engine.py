@@ -18,7 +18,7 @@ from qwen3_next.engine.grammar import GrammarCompiler, GrammarState
 from qwen3_next.engine.loading import LoadedModel
 from qwen3_next.engine.memory import Memory
 from qwen3_next.engine.plan import Plan, ScheduledSequence, SequenceResult
-from qwen3_next.engine.request import FinishReason, Request, RequestOutput, common_prefix
+from qwen3_next.engine.request import FinishReason, Request, RequestOutput, Structured, common_prefix
 from qwen3_next.engine.runner import Computed, Runner
 from qwen3_next.engine.sampler import Choice, Draw, Drawn, choose, draw
 from qwen3_next.engine.scheduler import Scheduler
@@ -130,8 +130,19 @@ class Engine:
         self._flight: _Flight | None = None
         self._busy_since: float | None = None
 
-    def add(self, request: Request) -> None:
+    def compiled(self, structured: Structured) -> GrammarState:
+        """The beginning of a text of that form, for `add`; unlike the rest this may be asked for by any thread.
+
+        Raises:
+            InputError: the grammar is wrong, too large, or lets nothing follow.
+        """
+        return self._grammars.matcher(structured)
+
+    def add(self, request: Request, grammar: GrammarState | None = None) -> None:
         """Queue a request.
+
+        Args:
+            grammar: of `request.params.structured` where that is compiled already.
 
         Raises:
             InputError: its id is in use, its tokens are not the model's, or its grammar is wrong.
@@ -139,7 +150,8 @@ class Engine:
         """
         self._require_known_tokens(request)
         seed, structured = request.params.seed, request.params.structured
-        grammar = None if structured is None else self._grammars.matcher(structured)
+        if structured is not None:
+            grammar = self.compiled(structured) if grammar is None else grammar.copy()
         self.scheduler.add(request)
         self._streams[request.request_id] = _Stream(
             seed=secrets.randbits(64) if seed is None else seed + (request.sample << 48),

@@ -27,6 +27,9 @@ CACHED = 64
 STACK = 512 * 2**20
 """Bytes for the compiler, which recurses as deeply as rules refer to each other. Only what it touches takes memory."""
 
+FUEL = 100_000
+"""Of the compiler, so that it takes no more than about a second. Enumerations of thousands of texts need less."""
+
 WHITESPACE = r"[\x20\x09]{1,2}|\x0D?\x0A[\x20\x09]{0,32}"
 """Between the parts of a JSON text: what people write. Small models fill whole contexts with blanks where they may."""
 
@@ -41,6 +44,10 @@ class GrammarState:
     def __init__(self, matcher: LLMatcher, known: int, ends: Sequence[int]) -> None:
         self._matcher, self._known, self._ends = matcher, known, list(ends)
         self._mask: Tensor | None = None
+
+    def copy(self) -> "GrammarState":
+        """Another text that stands there."""
+        return GrammarState(self._matcher.deep_copy(), self._known, self._ends)
 
     def allowed(self) -> Bool[Tensor, "V"]:
         """Which tokens may come next, the model's own ends among them where the text may end; at least one.
@@ -109,7 +116,7 @@ class GrammarState:
 
 
 class GrammarCompiler:
-    """Grammars for one tokenizer; many requests share one, so the last ones are kept."""
+    """Grammars for one tokenizer; many requests share one, so the last ones are kept. Threads may share it."""
 
     def __init__(self, tokenizer: "Tokenizer", known: int, eos_ids: frozenset[int]) -> None:
         """Nothing is built before the first grammar.
@@ -120,6 +127,7 @@ class GrammarCompiler:
         """
         self.tokenizer, self.known = tokenizer, known
         self.ends = sorted(token for token in eos_ids if token < known)
+        self._lock = threading.Lock()
         self._compiled = functools.lru_cache(CACHED)(self._compile)
 
     def matcher(self, structured: Structured) -> GrammarState:
@@ -141,15 +149,17 @@ class GrammarCompiler:
         return LLTokenizer(copy.to_str(), eos_token=self.ends or [end])
 
     def _compile(self, structured: Structured) -> LLMatcher:
-        previous = threading.stack_size(STACK)
-        try:
-            with ThreadPoolExecutor(1) as thread:
-                return thread.submit(self._checked, structured).result()
-        finally:
-            threading.stack_size(previous)
+        with ThreadPoolExecutor(1) as thread:
+            with self._lock:  # the size is one for all threads that begin
+                previous = threading.stack_size(STACK)
+                try:
+                    compiling = thread.submit(self._checked, structured)
+                finally:
+                    threading.stack_size(previous)
+            return compiling.result()
 
     def _checked(self, structured: Structured) -> LLMatcher:
-        limits = LLParserLimits(verbose_errors=False)
+        limits = LLParserLimits(verbose_errors=False, initial_lexer_fuel=FUEL)
         matcher = LLMatcher(self._vocabulary, _source(structured), log_level=0, limits=limits)
         if not matcher.is_error():
             matcher.compute_bitmask()  # what can never be fulfilled shows here

@@ -221,7 +221,9 @@ def _penalize_(logits: Float[Tensor, "V"], one: Draw) -> None:
 def _drawn(logits: Float[Tensor, "R V"], draws: Sequence[Draw]) -> Int[Tensor, "R"]:
     """By the inverse of the distribution function, over tokens from the likeliest to the least likely."""
     params, device = [one.request.params for one in draws], logits.device
-    scaled = logits.double() / _column([p.temperature for p in params], device)
+    # The largest becomes 0 first: beside it any temperature leaves something finite, and the least acts like none.
+    scaled = logits.double() - logits.amax(dim=1, keepdim=True)
+    scaled = scaled / _column([p.temperature for p in params], device)
     probabilities, tokens = scaled.softmax(dim=1).sort(dim=1, descending=True, stable=True)
     probabilities = torch.where(_kept(probabilities, params), probabilities, 0)
     sums = probabilities.cumsum(dim=1)

@@ -2,7 +2,6 @@
 
 import asyncio
 import hmac
-import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
@@ -15,14 +14,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from qwen3_next.engine import AsyncEngine, StreamUpdate
-from qwen3_next.errors import CapacityError, InputError, OverloadedError, Qwen3NextError
+from qwen3_next.engine import AsyncEngine
+from qwen3_next.errors import CapacityError, DeadlineError, EngineError, InputError, OverloadedError, Qwen3NextError
 from qwen3_next.server import bridge, schema
+from qwen3_next.server.logs import Logged, Report
 from qwen3_next.server.metrics import Metrics
-
-logger = logging.getLogger("qwen3_next.server")
 
 Body = TypeVar("Body", bound=schema.Strict)
 Result = TypeVar("Result")
@@ -37,12 +35,27 @@ class ServerConfig:
         api_keys: one of them must come with each request but those for its health; none: everyone is served.
         max_body_bytes: of a request.
         ready_seconds: that the trial behind /ready may take.
+        request_timeout: seconds for the body of a request, and again from there to the end of its answer, waiting
+            included; None for as long as it takes.
+        log_prompts: write the fields of requests into the log, prompts among them.
+
+    Raises:
+        InputError: no time at all.
     """
 
     model_name: str = "qwen3-next"
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     max_body_bytes: int = 16 * 2**20
     ready_seconds: float = 30.0
+    request_timeout: float | None = 600.0
+    log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.request_timeout is not None and not 0 < self.request_timeout < float("inf"):
+            raise InputError(
+                f"request_timeout = {self.request_timeout} cannot be served. Allowed: seconds above 0. Leave it out "
+                "for ten minutes."
+            )
 
 
 class RequestError(Exception):
@@ -58,13 +71,19 @@ def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastA
 
     Its routes take raw bodies: pydantic reads them faster than `json`, and refuses what is nested too deeply.
     """
-    app = FastAPI(title="qwen3-next", openapi_url=None)
+    app = _Application(title="qwen3-next", openapi_url=None)
     routes = _Routes(engine, config or ServerConfig())
     app.include_router(routes.open())
     app.include_router(routes.guarded(), dependencies=[Depends(routes.require_key)])
     for kind in (RequestError, ClientDisconnect, ValidationError, HTTPException, Qwen3NextError, Exception):
         app.add_exception_handler(kind, routes.explain)
     return app
+
+
+class _Application(FastAPI):
+    def build_middleware_stack(self) -> ASGIApp:
+        """With the log outside of everything, where answers to unforeseen exceptions pass too."""
+        return Logged(super().build_middleware_stack())
 
 
 class _Routes:
@@ -103,7 +122,9 @@ class _Routes:
 
     async def health(self) -> Response:
         is_healthy = self.engine.is_healthy
-        return JSONResponse({"status": "ok" if is_healthy else "failed"}, 200 if is_healthy else 503)
+        if is_healthy:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "failed", "reason": self.engine.reason}, 503)
 
     async def ready(self) -> Response:
         """Whether a token can be written now; whoever asks meanwhile waits for the same trial."""
@@ -159,24 +180,44 @@ class _Routes:
     async def _generate(self, request: Request, body: schema.ChatRequest | schema.CompletionRequest) -> Response:
         self._require_model(body.model)
         job = await asyncio.to_thread(bridge.job_of, self.engine.llm, body)
+        self._require_room(job)
+        report: Report = request.scope["report"]
+        report.details |= {"stream": body.stream} | ({"request": body.model_dump()} if self.config.log_prompts else {})
         if not body.stream:
-            return JSONResponse(await _unless_gone(request, bridge.answer(self.engine, job)))
-        updates = self.metrics.timed(self.engine.stream(job.prompts[0], job.params))
+            whole = await _unless_gone(request, bridge.answer(self.engine, job, self.config.request_timeout))
+            report.details |= whole["usage"]
+            return JSONResponse(whole)
+        updates = self.metrics.timed(bridge.updates_of(self.engine, job, self.config.request_timeout))
         try:
             first = await _unless_gone(request, anext(updates))  # what is refused has a status of its own
-            bridge.raise_for(first)
+            bridge.raise_for(first.update)
         except BaseException:
             await updates.aclose()
             raise
-        return _Events(updates, bridge.chunks(self.engine, job, updates, first))
+        return _Events(updates, bridge.chunks(self.engine, job, updates, first, report.details))
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
         most, data = self.config.max_body_bytes, bytearray()
-        async for piece in request.stream():
-            data += piece
-            if len(data) > most:
-                raise RequestError(413, f"the request is longer than the {most} bytes that are allowed. Shorten it.")
+        too_long = RequestError(413, f"the request is longer than the {most} bytes that are allowed. Shorten it.")
+        if int(request.headers.get("content-length", 0)) > most:
+            raise too_long  # before a client that asks first has sent it
+        try:
+            async with asyncio.timeout(self.config.request_timeout):
+                async for piece in request.stream():
+                    data += piece
+                    if len(data) > most:
+                        raise too_long
+        except TimeoutError as error:
+            raise RequestError(408, f"no whole body after {self.config.request_timeout} seconds.") from error
         return kind.model_validate_json(bytes(data))
+
+    def _require_room(self, job: bridge.Job) -> None:
+        asked, most = len(job.prompts) * job.params.n, self.engine.most_open
+        if asked > most:
+            raise InputError(
+                f"n = {job.params.n} answers to {len(job.prompts)} prompts cannot be open at once. Allowed: {most} in "
+                "all, which are --sequences and --max-waiting. Send several requests."
+            )
 
     def _require_model(self, name: str | None) -> None:
         if name not in (None, self.config.model_name):
@@ -210,23 +251,27 @@ class _Routes:
                 status, code, headers = 429, "overloaded", {"Retry-After": "1"}
             case ClientDisconnect():  # nobody reads this
                 status = 499
+            case DeadlineError():
+                status, code = 504, "timeout"
+            case EngineError():
+                status, headers = 503, {"Retry-After": "1"}
             case Qwen3NextError():
-                status = 500 if self.engine.is_healthy else 503
+                status = 500
             case _:
                 message = "the server failed; its log says how."
         kind = {401: "authentication_error", 429: "overloaded_error"}.get(
             status, "invalid_request_error" if status < 500 else "server_error"
         )
         self.metrics.errors.labels(status).inc()
-        if status >= 500:
-            logger.error("%s %s: %s", request.method, request.url.path, error)
+        if status >= 500:  # what is wrong with a request may quote it
+            request.scope["report"].details["error"] = f"{type(error).__name__}: {error}"
         return JSONResponse(bridge.failure(message, kind, param, code), status, headers)
 
 
 class _Events(StreamingResponse):
     """A stream whose source is closed however it ends, begun or not, so that the request leaves the engine at once."""
 
-    def __init__(self, updates: AsyncGenerator[StreamUpdate], chunks: AsyncGenerator[str]) -> None:
+    def __init__(self, updates: AsyncGenerator[bridge.Part], chunks: AsyncGenerator[str]) -> None:
         super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         self.updates, self.chunks = updates, chunks
 

@@ -5,11 +5,12 @@ import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qwen3_next.engine import LLM, AsyncEngine, Completion, FinishReason, SamplingParams, StreamUpdate, Structured
-from qwen3_next.errors import CheckpointError, EngineError, InputError, Qwen3NextError
+from qwen3_next.errors import CheckpointError, DeadlineError, EngineError, InputError, Qwen3NextError
 from qwen3_next.server.drafts import cut
 from qwen3_next.server.schema import ChatRequest, CompletionRequest, Sampled
 
@@ -37,6 +38,14 @@ class Job:
         return isinstance(self.body, ChatRequest)
 
 
+@dataclass(frozen=True)
+class Part:
+    """What is new of an answer to the prompt of that number."""
+
+    prompt: int
+    update: StreamUpdate
+
+
 def job_of(llm: LLM, body: ChatRequest | CompletionRequest) -> Job:
     """Render, tokenise and check a request; takes a while for long prompts.
 
@@ -55,13 +64,16 @@ def job_of(llm: LLM, body: ChatRequest | CompletionRequest) -> Job:
     return Job(body=body, prompts=[llm.encoded(text)], params=_params(llm, body, most, reported))
 
 
-async def answer(engine: AsyncEngine, job: Job) -> Json:
+async def answer(engine: AsyncEngine, job: Job, timeout: float | None) -> Json:
     """The whole answer.
+
+    Args:
+        timeout: seconds that it may take; None for as long as it takes.
 
     Raises:
         Qwen3NextError: the engine refused it, or failed.
     """
-    tasks = [asyncio.ensure_future(engine.generate(prompt, job.params)) for prompt in job.prompts]
+    tasks = [asyncio.ensure_future(engine.generate(prompt, job.params, timeout=timeout)) for prompt in job.prompts]
     try:
         groups = await asyncio.gather(*tasks)
     finally:
@@ -77,10 +89,43 @@ async def answer(engine: AsyncEngine, job: Job) -> Json:
     return answers.envelope(choices, is_chunk=False) | {"usage": answers.usage()}
 
 
+async def updates_of(engine: AsyncEngine, job: Job, timeout: float | None) -> AsyncGenerator[Part]:
+    """The answers to all prompts as they come; closing it ends them all.
+
+    Raises:
+        Qwen3NextError: the engine refused one of them, or failed.
+    """
+    streams = [engine.stream(prompt, job.params, timeout=timeout) for prompt in job.prompts]
+    if len(streams) == 1:  # without a task for each token
+        async with aclosing(streams[0]):
+            async for update in streams[0]:
+                yield Part(0, update)
+        return
+    waiting = {asyncio.ensure_future(anext(stream, None)): number for number, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                number, update = waiting.pop(task), task.result()
+                if update is not None:
+                    yield Part(number, update)
+                    waiting[asyncio.ensure_future(anext(streams[number], None))] = number
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()
+
+
 async def chunks(
-    engine: AsyncEngine, job: Job, updates: AsyncIterator[StreamUpdate], first: StreamUpdate
+    engine: AsyncEngine, job: Job, parts: AsyncIterator[Part], first: Part, report: Json
 ) -> AsyncGenerator[str]:
-    """Server-sent events of a stream whose first update was taken; a failure half-way is the last of them."""
+    """Server-sent events of a stream whose first part was taken; a failure half-way is the last of them.
+
+    Args:
+        report: takes the counts of tokens, however it ends.
+    """
     answers = _Answers(engine.llm, job)
     options = job.body.stream_options
     with_usage = options is not None and options.include_usage
@@ -90,19 +135,23 @@ async def chunks(
         if job.is_chat:
             for index in range(job.params.n):
                 yield _event(answers.envelope([answers.opening(index)], is_chunk=True) | empty)
-        update: StreamUpdate | None = first
-        while update is not None:
+        part: Part | None = first
+        while part is not None:
+            update, index = part.update, part.prompt * job.params.n + part.update.sample
             raise_for(update)
-            answers.count(0, update.sample, update, update.output_tokens)
+            answers.count(part.prompt, index, update, update.output_tokens)
             for piece, origin in cut(update) if with_drafts else [(update, None)]:
                 if piece.text or piece.finish or piece.logprobs or origin:
                     told = {} if origin is None else {"drafts": asdict(origin)}
-                    yield _event(answers.envelope([answers.piece(piece) | told], is_chunk=True) | empty)
-            update = await anext(updates, None)
+                    yield _event(answers.envelope([answers.piece(index, piece) | told], is_chunk=True) | empty)
+            part = await anext(parts, None)
         if with_usage:
             yield _event(answers.envelope([], is_chunk=True) | {"usage": answers.usage()})
     except Qwen3NextError as error:
-        yield _event(failure(str(error), "server_error"))
+        report["error"] = f"{type(error).__name__}: {error}"
+        yield _event(failure(str(error), "server_error", code="timeout" if isinstance(error, DeadlineError) else None))
+    finally:
+        report |= answers.usage()
     yield "data: [DONE]\n\n"
 
 
@@ -191,9 +240,9 @@ class _Answers:
         message = {"role": "assistant", "content": completion.text, "refusal": None}
         return self._around(index, completion, {"message": message})
 
-    def piece(self, update: StreamUpdate) -> Json:
+    def piece(self, index: int, update: StreamUpdate) -> Json:
         """What is new of an answer."""
-        return self._around(update.sample, update, {"delta": {"content": update.text} if update.text else {}})
+        return self._around(index, update, {"delta": {"content": update.text} if update.text else {}})
 
     def _around(self, index: int, outcome: Completion | StreamUpdate, content: Json) -> Json:
         return {

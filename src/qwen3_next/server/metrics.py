@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from qwen3_next.engine import AsyncEngine, StreamUpdate
+from qwen3_next.engine import AsyncEngine
+from qwen3_next.server.bridge import Part
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -43,20 +44,21 @@ class Metrics:
         """Everything as it is now."""
         return generate_latest(self.registry)
 
-    async def timed(self, updates: AsyncGenerator[StreamUpdate]) -> AsyncGenerator[StreamUpdate]:
+    async def timed(self, updates: AsyncGenerator[Part]) -> AsyncGenerator[Part]:
         """The same updates, timed as they pass."""
-        start, last = time.perf_counter(), dict[int, float]()
+        start, last = time.perf_counter(), dict[tuple[int, int], float]()
         async with aclosing(updates):
-            async for update in updates:
-                now, count = time.perf_counter(), len(update.token_ids)
-                if count and update.sample not in last:
+            async for part in updates:
+                now, count = time.perf_counter(), len(part.update.token_ids)
+                answer = part.prompt, part.update.sample
+                if count and answer not in last:
                     self._first.observe(now - start)
                 elif count:
                     for _ in range(count):
-                        self._between.observe((now - last[update.sample]) / count)
+                        self._between.observe((now - last[answer]) / count)
                 if count:
-                    last[update.sample] = now
-                yield update
+                    last[answer] = now
+                yield part
 
 
 class _Figures(Collector):

@@ -10,6 +10,7 @@ import uvicorn
 from qwen3_next.engine import LLM, AsyncEngine
 from qwen3_next.errors import InputError
 from qwen3_next.server.app import ServerConfig, create_app
+from qwen3_next.server.logs import configure
 
 GRACE = 10
 """Seconds that the last answers may take on their way to clients that read slowly."""
@@ -23,6 +24,7 @@ class RunConfig:
         port: 0 for one that is free.
         is_insecure: serve everyone who reaches the host, without keys.
         max_waiting: requests that may be open beyond those that are computed at the same time.
+        max_restarts: of the engine after steps that fail, in five minutes; then the server stays not ready.
         drain_seconds: that open requests have to end by themselves; then the rest is answered with an error.
 
     Raises:
@@ -33,6 +35,7 @@ class RunConfig:
     port: int = 8000
     is_insecure: bool = False
     max_waiting: int = 1024
+    max_restarts: int = 5
     drain_seconds: float = 30.0
     server: ServerConfig = field(default_factory=ServerConfig)
 
@@ -54,6 +57,8 @@ class Server(uvicorn.Server):
                 host=config.host,
                 port=config.port,
                 server_header=False,
+                access_log=False,  # `Logged` says more
+                log_config=None,
                 timeout_graceful_shutdown=round(config.drain_seconds) + GRACE,
             )
         )
@@ -74,11 +79,13 @@ def run(llm: LLM, config: RunConfig) -> None:
     """Serve until SIGINT or SIGTERM; the model itself must not be used meanwhile.
 
     Raises:
-        InputError: a negative number of waiting requests.
+        InputError: a negative number of waiting requests or restarts.
     """
 
+    configure()
+
     async def serve() -> None:
-        engine = AsyncEngine(llm, max_waiting=config.max_waiting)
+        engine = AsyncEngine(llm, max_waiting=config.max_waiting, max_restarts=config.max_restarts)
         try:
             await Server(engine, config).serve()
         finally:

@@ -176,12 +176,6 @@ class CompletionRequest(Sampled):
         numbers = [one for one in self.prompt if isinstance(one, int)]
         return [numbers] if numbers else [one for one in self.prompt if not isinstance(one, int)]
 
-    @model_validator(mode="after")
-    def _streams_one(self) -> "CompletionRequest":
-        if self.stream and len(self.prompts()) > 1:
-            raise ValueError("stream = true takes one prompt; send a request for each")
-        return self
-
 
 class TokenizeRequest(Strict):
     """POST /tokenize."""
