@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3_next.engine import LLM, AsyncEngine, Completion, FinishReason, SamplingParams, StreamUpdate, Structured
-from qwen3_next.errors import CheckpointError, EngineError, InputError, Qwen3NextError
+from qwen3_next.errors import EngineError, InputError, Qwen3NextError
+from qwen3_next.server.parsers import AnswerParser, Parsed
 from qwen3_next.server.schema import ChatRequest, CompletionRequest, Sampled
+from qwen3_next.server.tools import alone, form_of, prompt_of
 
 LEAST_LOGPROB = -9999.0
 """JSON has no infinity; this is OpenAI's number for a token that cannot come."""
@@ -24,11 +26,13 @@ class Job:
 
     Attributes:
         prompts: token ids of each.
+        opened: of a chat, whether its prompt ends inside of the reasoning; None: inside of the content.
     """
 
     body: ChatRequest | CompletionRequest
     prompts: Sequence[Sequence[int]]
     params: SamplingParams
+    opened: bool | None = None
 
     @property
     def is_chat(self) -> bool:
@@ -44,14 +48,14 @@ def job_of(llm: LLM, body: ChatRequest | CompletionRequest) -> Job:
     """
     if isinstance(body, CompletionRequest):
         prompts = [llm.encoded(one) if isinstance(one, str) else one for one in body.prompts()]
-        return Job(body=body, prompts=prompts, params=_params(llm, body, body.max_tokens, body.logprobs))
-    try:
-        text = llm.render([message.for_template() for message in body.messages])
-    except CheckpointError as error:
-        raise InputError(str(error)) from error
+        form = alone(body.response_format.schema_of())
+        return Job(body=body, prompts=prompts, params=_params(llm, body, body.max_tokens, body.logprobs, form))
+    text, opened = prompt_of(llm, body)
+    form = form_of(llm, body, opened=opened is True)
     most = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     reported = (body.top_logprobs or 0) if body.logprobs else None
-    return Job(body=body, prompts=[llm.encoded(text)], params=_params(llm, body, most, reported))
+    params = _params(llm, body, most, reported, form)
+    return Job(body=body, prompts=[llm.encoded(text)], params=params, opened=opened)
 
 
 async def answer(engine: AsyncEngine, job: Job) -> Json:
@@ -92,8 +96,9 @@ async def chunks(
         while update is not None:
             raise_for(update)
             answers.count(0, update.sample, update, update.output_tokens)
-            if update.text or update.finish or update.logprobs:
-                yield _event(answers.envelope([answers.piece(update)], is_chunk=True) | empty)
+            piece = answers.piece(update)
+            if piece.get("text") or piece.get("delta") or update.finish or update.logprobs:
+                yield _event(answers.envelope([piece], is_chunk=True) | empty)
             update = await anext(updates, None)
         if with_usage:
             yield _event(answers.envelope([], is_chunk=True) | {"usage": answers.usage()})
@@ -115,8 +120,7 @@ def failure(message: str, kind: str, param: str | None = None, code: str | None 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _params(llm: LLM, body: Sampled, most: int | None, logprobs: int | None) -> SamplingParams:
-    schema = body.response_format.schema_of()
+def _params(llm: LLM, body: Sampled, most: int | None, logprobs: int | None, form: Structured | None) -> SamplingParams:
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     return llm.default_params(
         **{name: value for name in names if (value := getattr(body, name)) is not None},
@@ -131,7 +135,7 @@ def _params(llm: LLM, body: Sampled, most: int | None, logprobs: int | None) -> 
         ignore_eos=body.ignore_eos,
         min_tokens=body.min_tokens,
         max_tokens=most,
-        structured=None if schema is None else Structured(kind="json_schema", grammar=json.dumps(schema)),
+        structured=form,
     )
 
 
@@ -145,6 +149,7 @@ class _Answers:
     cached_tokens: dict[int, int] = field(default_factory=dict[int, int])
     output_tokens: dict[int, int] = field(default_factory=dict[int, int])
     offsets: dict[int, int] = field(default_factory=dict[int, int])
+    parsers: dict[int, AnswerParser] = field(default_factory=dict[int, AnswerParser])
 
     def __post_init__(self) -> None:
         self.name = f"{'chatcmpl' if self.job.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -184,19 +189,34 @@ class _Answers:
 
     def choice(self, index: int, completion: Completion) -> Json:
         """A whole answer."""
-        message = {"role": "assistant", "content": completion.text, "refusal": None}
+        found = self._read(index, completion)
+        parts = _delta(found)
+        message = {"role": "assistant", "content": found.content, "refusal": None} | parts
+        if found.calls and not found.content:
+            message["content"] = None
+        for call in parts.get("tool_calls", ()):
+            del call["index"]  # which belongs to streams
         return self._around(index, completion, {"message": message})
 
     def piece(self, update: StreamUpdate) -> Json:
         """What is new of an answer."""
-        return self._around(update.sample, update, {"delta": {"content": update.text} if update.text else {}})
+        return self._around(update.sample, update, {"delta": _delta(self._read(update.sample, update))})
+
+    def _read(self, index: int, outcome: Completion | StreamUpdate) -> Parsed:
+        if not isinstance(self.job.body, ChatRequest):
+            return Parsed()
+        parser = self.parsers.setdefault(index, _parser(self.job.body, self.job.opened))
+        found = parser.push(outcome.text)
+        return found if outcome.finish is None else found + parser.finish()
 
     def _around(self, index: int, outcome: Completion | StreamUpdate, content: Json) -> Json:
+        finish = None if outcome.finish is None else outcome.finish.value
+        has_called = index in self.parsers and self.parsers[index].calls > 0
         return {
             "index": index,
             **(content if self.job.is_chat else {"text": outcome.text}),
             "logprobs": self._logprobs(index, outcome),
-            "finish_reason": None if outcome.finish is None else outcome.finish.value,
+            "finish_reason": "tool_calls" if finish and has_called else finish,
         }
 
     def _logprobs(self, index: int, outcome: Completion | StreamUpdate) -> Json | None:
@@ -227,6 +247,26 @@ class _Answers:
             text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
         score = LEAST_LOGPROB if logprob is None else max(logprob, LEAST_LOGPROB)
         return {"token": text, "logprob": score, "bytes": list(data)}
+
+
+def _parser(body: ChatRequest, opened: bool | None) -> AnswerParser:
+    names = {tool.function.name for tool in body.callable_tools()}
+    return AnswerParser(names, most_calls=None if body.parallel_tool_calls else 1, opened=opened)
+
+
+def _delta(found: Parsed) -> Json:
+    """The parts that are there; a call is whole."""
+    calls = [
+        {
+            "index": call.index,
+            "id": f"call_{uuid.uuid4().hex}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for call in found.calls
+    ]
+    parts = {"reasoning_content": found.reasoning, "content": found.content, "tool_calls": calls}
+    return {name: part for name, part in parts.items() if part}
 
 
 def text_of(llm: LLM, tokens: Sequence[int]) -> str:
