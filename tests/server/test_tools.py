@@ -2,13 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import jsonschema_rs
 import pytest
-from langchain_core.messages import HumanMessage, ToolMessage
+from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
 from openai import OpenAI
 from pydantic import SecretStr
@@ -134,6 +135,21 @@ def test_reasoning_stands_in_its_own_field(
         choice = await both(client, max_tokens=200)
         assert choice["message"]["reasoning_content"] == "A dog."
         assert choice["message"]["content"] == "It barks."
+
+    ask(use)
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_a_template_that_can_think_is_told_whether_to(
+    ask: Ask, writes: Any, llm: LLM, monkeypatch: pytest.MonkeyPatch, thinks: bool
+) -> None:
+    monkeypatch.setattr(llm.renderer, "chat_template", THINKS)
+    monkeypatch.setattr(llm.engine, "loaded", replace(llm.engine.loaded, chat_template=THINKS))
+    writes("A dog barks.")
+
+    async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+        choice = await both(client, chat_template_kwargs={"enable_thinking": thinks}, max_tokens=200)
+        assert choice["message"]["reasoning_content" if thinks else "content"] == "A dog barks."
 
     ask(use)
 
@@ -302,9 +318,9 @@ def test_langchain_binds_tools(client: OpenAI) -> None:
     answer = bound.invoke([question])
     ((call),) = answer.tool_calls
     jsonschema_rs.validate(CITY, call["args"])
-    whole = None
-    for piece in bound.stream([question]):
-        whole = piece if whole is None else whole + piece
+    first, *rest = bound.stream([question])
+    whole = sum(rest, start=first)
+    assert isinstance(whole, AIMessageChunk)
     assert [one["args"] for one in whole.tool_calls] == [call["args"]]
     result = ToolMessage("21 degrees", tool_call_id=call["id"])
     last = model.bind_tools(TOOLS, tool_choice="none").bind(max_tokens=5)

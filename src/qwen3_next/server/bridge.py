@@ -205,7 +205,9 @@ class _Answers:
     def _read(self, index: int, outcome: Completion | StreamUpdate) -> Parsed:
         if not isinstance(self.job.body, ChatRequest):
             return Parsed()
-        parser = self.parsers.setdefault(index, _parser(self.job.body, self.job.opened))
+        if index not in self.parsers:
+            self.parsers[index] = _parser(self.job.body, self.job.opened)
+        parser = self.parsers[index]
         found = parser.push(outcome.text)
         return found if outcome.finish is None else found + parser.finish()
 
