@@ -120,7 +120,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"stop": ["a"] * 17}, "stop"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"temperature": "hot"}, "temperature"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"role": "function", "content": "x"}]}, "messages.0.role"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
     ({"messages": []}, "messages"),
     ({"logit_bias": {"x": 1}}, "logit_bias"),
@@ -511,7 +511,7 @@ def test_a_stream_that_fails_half_way_says_so_at_its_end(ask: Ask, monkeypatch: 
 
 
 def test_a_mistake_of_our_own_is_not_shown(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LLM, "render", lambda *_: 1 // 0)
+    monkeypatch.setattr(LLM, "render", lambda *_, **__: 1 // 0)
 
     async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
         response = await client.post(CHAT, json=BODY)
@@ -522,7 +522,7 @@ def test_a_mistake_of_our_own_is_not_shown(ask: Ask, monkeypatch: pytest.MonkeyP
 
 
 def test_messages_that_the_template_refuses_are_the_clients_mistake(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> str:
+    def refuse(*_: object, **__: object) -> str:
         raise CheckpointError("the model's chat template cannot render the messages (no).")
 
     monkeypatch.setattr(LLM, "render", refuse)

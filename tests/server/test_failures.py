@@ -9,7 +9,8 @@ import httpx
 import pytest
 from tests.server.conftest import Ask
 
-from qwen3_next.engine import LLM, AsyncEngine, Engine
+from qwen3_next.engine import LLM, AsyncEngine
+from qwen3_next.engine.runner import Runner
 from qwen3_next.errors import InputError
 from qwen3_next.server import RunConfig, Server, ServerConfig
 

@@ -4,7 +4,7 @@ import functools
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rich.progress import Progress
 
@@ -17,7 +17,7 @@ from qwen3_next.errors import CheckpointError, InputError, Qwen3NextError
 from qwen3_next.model.quantize import Quantization
 
 Prompt = str | Sequence[int]
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 Key = TypeVar("Key")
 
 
@@ -250,17 +250,37 @@ class LLM:
         """
         return self.generate(self.render(messages), params, progress=progress)[0][0]
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        ending: Literal["answer", "nothing", "last message"] = "answer",
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The text that a conversation is to the model.
+
+        Args:
+            tools: as OpenAI describes them, `{"type": "function", "function": {"name": ..., "parameters": ...}}`.
+            ending: what follows the messages: the beginning of an answer, nothing, or not even the last one's own end.
+            variables: others that the template reads.
 
         Raises:
             CheckpointError: the model has no chat template, or one that cannot render the messages.
         """
         renderer, turns = self.renderer, [dict(message) for message in messages]
         try:
-            return str(renderer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            text = renderer.apply_chat_template(
+                turns,
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=ending == "answer",
+                continue_final_message=ending == "last message",
+                **(variables or {}),
+            )
         except Exception as error:  # a template is a program: it may be no Jinja, or raise whatever it likes
             raise CheckpointError(f"the model's chat template cannot render the messages ({error}).") from error
+        return str(text)
 
     @functools.cached_property
     def renderer(self) -> Any:

@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qwen3_next.engine import LLM, AsyncEngine, Completion, FinishReason, SamplingParams, StreamUpdate, Structured
-from qwen3_next.errors import CheckpointError, DeadlineError, EngineError, InputError, Qwen3NextError
+from qwen3_next.errors import DeadlineError, EngineError, InputError, Qwen3NextError
 from qwen3_next.server.drafts import cut
+from qwen3_next.server.parsers import AnswerParser, Parsed
 from qwen3_next.server.schema import ChatRequest, CompletionRequest, Sampled
+from qwen3_next.server.tools import alone, form_of, prompt_of
 
 LEAST_LOGPROB = -9999.0
 """JSON has no infinity; this is OpenAI's number for a token that cannot come."""
@@ -26,11 +28,13 @@ class Job:
 
     Attributes:
         prompts: token ids of each.
+        opened: of a chat, whether its prompt ends inside of the reasoning; None: inside of the content.
     """
 
     body: ChatRequest | CompletionRequest
     prompts: Sequence[Sequence[int]]
     params: SamplingParams
+    opened: bool | None = None
 
     @property
     def is_chat(self) -> bool:
@@ -54,14 +58,14 @@ def job_of(llm: LLM, body: ChatRequest | CompletionRequest) -> Job:
     """
     if isinstance(body, CompletionRequest):
         prompts = [llm.encoded(one) if isinstance(one, str) else one for one in body.prompts()]
-        return Job(body=body, prompts=prompts, params=_params(llm, body, body.max_tokens, body.logprobs))
-    try:
-        text = llm.render([message.for_template() for message in body.messages])
-    except CheckpointError as error:
-        raise InputError(str(error)) from error
+        form = alone(body.response_format.schema_of())
+        return Job(body=body, prompts=prompts, params=_params(llm, body, body.max_tokens, body.logprobs, form))
+    text, opened = prompt_of(llm, body)
+    form = form_of(llm, body, opened=opened is True)
     most = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     reported = (body.top_logprobs or 0) if body.logprobs else None
-    return Job(body=body, prompts=[llm.encoded(text)], params=_params(llm, body, most, reported))
+    params = _params(llm, body, most, reported, form)
+    return Job(body=body, prompts=[llm.encoded(text)], params=params, opened=opened)
 
 
 async def answer(engine: AsyncEngine, job: Job, timeout: float | None) -> Json:
@@ -141,9 +145,10 @@ async def chunks(
             raise_for(update)
             answers.count(part.prompt, index, update, update.output_tokens)
             for piece, origin in cut(update) if with_drafts else [(update, None)]:
-                if piece.text or piece.finish or piece.logprobs or origin:
-                    told = {} if origin is None else {"drafts": asdict(origin)}
-                    yield _event(answers.envelope([answers.piece(index, piece) | told], is_chunk=True) | empty)
+                told = answers.piece(index, piece)
+                if told.get("text") or told.get("delta") or piece.finish or piece.logprobs or origin:
+                    drafts = {} if origin is None else {"drafts": asdict(origin)}
+                    yield _event(answers.envelope([told | drafts], is_chunk=True) | empty)
             part = await anext(parts, None)
         if with_usage:
             yield _event(answers.envelope([], is_chunk=True) | {"usage": answers.usage()})
@@ -168,8 +173,7 @@ def failure(message: str, kind: str, param: str | None = None, code: str | None 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _params(llm: LLM, body: Sampled, most: int | None, logprobs: int | None) -> SamplingParams:
-    schema = body.response_format.schema_of()
+def _params(llm: LLM, body: Sampled, most: int | None, logprobs: int | None, form: Structured | None) -> SamplingParams:
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     return llm.default_params(
         **{name: value for name in names if (value := getattr(body, name)) is not None},
@@ -184,7 +188,7 @@ def _params(llm: LLM, body: Sampled, most: int | None, logprobs: int | None) -> 
         ignore_eos=body.ignore_eos,
         min_tokens=body.min_tokens,
         max_tokens=most,
-        structured=None if schema is None else Structured(kind="json_schema", grammar=json.dumps(schema)),
+        structured=form,
     )
 
 
@@ -198,6 +202,7 @@ class _Answers:
     cached_tokens: dict[int, int] = field(default_factory=dict[int, int])
     output_tokens: dict[int, int] = field(default_factory=dict[int, int])
     offsets: dict[int, int] = field(default_factory=dict[int, int])
+    parsers: dict[int, AnswerParser] = field(default_factory=dict[int, AnswerParser])
 
     def __post_init__(self) -> None:
         self.name = f"{'chatcmpl' if self.job.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -237,19 +242,36 @@ class _Answers:
 
     def choice(self, index: int, completion: Completion) -> Json:
         """A whole answer."""
-        message = {"role": "assistant", "content": completion.text, "refusal": None}
+        found = self._read(index, completion)
+        parts = _delta(found)
+        message = {"role": "assistant", "content": found.content, "refusal": None} | parts
+        if found.calls and not found.content:
+            message["content"] = None
+        for call in parts.get("tool_calls", ()):
+            del call["index"]  # which belongs to streams
         return self._around(index, completion, {"message": message})
 
     def piece(self, index: int, update: StreamUpdate) -> Json:
         """What is new of an answer."""
-        return self._around(index, update, {"delta": {"content": update.text} if update.text else {}})
+        return self._around(index, update, {"delta": _delta(self._read(index, update))})
+
+    def _read(self, index: int, outcome: Completion | StreamUpdate) -> Parsed:
+        if not isinstance(self.job.body, ChatRequest):
+            return Parsed()
+        if index not in self.parsers:
+            self.parsers[index] = _parser(self.job.body, self.job.opened)
+        parser = self.parsers[index]
+        found = parser.push(outcome.text)
+        return found if outcome.finish is None else found + parser.finish()
 
     def _around(self, index: int, outcome: Completion | StreamUpdate, content: Json) -> Json:
+        finish = None if outcome.finish is None else outcome.finish.value
+        has_called = index in self.parsers and self.parsers[index].calls > 0
         return {
             "index": index,
             **(content if self.job.is_chat else {"text": outcome.text}),
             "logprobs": self._logprobs(index, outcome),
-            "finish_reason": None if outcome.finish is None else outcome.finish.value,
+            "finish_reason": "tool_calls" if finish and has_called else finish,
         }
 
     def _logprobs(self, index: int, outcome: Completion | StreamUpdate) -> Json | None:
@@ -280,6 +302,26 @@ class _Answers:
             text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
         score = LEAST_LOGPROB if logprob is None else max(logprob, LEAST_LOGPROB)
         return {"token": text, "logprob": score, "bytes": list(data)}
+
+
+def _parser(body: ChatRequest, opened: bool | None) -> AnswerParser:
+    names = {tool.function.name for tool in body.callable_tools()}
+    return AnswerParser(names, most_calls=None if body.parallel_tool_calls else 1, opened=opened)
+
+
+def _delta(found: Parsed) -> Json:
+    """The parts that are there; a call is whole."""
+    calls = [
+        {
+            "index": call.index,
+            "id": f"call_{uuid.uuid4().hex}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for call in found.calls
+    ]
+    parts = {"reasoning_content": found.reasoning, "content": found.content, "tool_calls": calls}
+    return {name: part for name, part in parts.items() if part}
 
 
 def text_of(llm: LLM, tokens: Sequence[int]) -> str:

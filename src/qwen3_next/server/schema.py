@@ -1,17 +1,14 @@
 """What a client may send: each field of OpenAI's requests is honoured, or refused by its name."""
 
+import itertools
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 REFUSED = {
-    "tools": "calls of tools are not read out of the text yet; describe them in a message",
-    "tool_choice": "calls of tools are not read out of the text yet",
-    "parallel_tool_calls": "calls of tools are not read out of the text yet",
-    "tool_calls": "calls of tools are not read out of the text yet; write them into the content",
-    "tool_call_id": "calls of tools are not read out of the text yet",
-    "functions": "calls of functions are not read out of the text yet; describe them in a message",
-    "function_call": "calls of functions are not read out of the text yet",
+    "functions": "it was replaced by tools",
+    "function_call": "it was replaced by tool_choice, and in messages by tool_calls",
     "audio": "the model reads and writes text only",
     "modalities": "the model reads and writes text only; leave it out",
     "prediction": "the engine makes its own drafts; leave it out",
@@ -28,6 +25,9 @@ REFUSED = {
 """Fields of OpenAI's requests that are not served, and what to do instead."""
 
 MOST_FIELDS = 1024
+MOST_TOOLS = 128
+LONGEST_TOOLS = 256 * 2**10
+"""Characters of all tools together, as JSON."""
 
 # Lists stop at their first mistake: a report of millions would take the memory and the minutes of everybody.
 Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=128)]
@@ -59,17 +59,107 @@ class TextPart(Strict):
     text: str
 
 
+Content = str | Annotated[list[TextPart], Field(fail_fast=True, max_length=4096)]
+ToolName = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+
+
+class CalledFunction(Strict):
+    """What a call called; the arguments are JSON as the model wrote it."""
+
+    name: ToolName
+    arguments: str
+
+
+class ToolCall(Strict):
+    """A call of an earlier answer."""
+
+    id: Annotated[str, Field(min_length=1, max_length=256)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Strict):
     """One turn; pieces are joined with nothing between them."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=4096)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    reasoning_content: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, min_length=1, max_length=MOST_TOOLS)] | None = None
+    tool_call_id: str | None = None
 
-    def for_template(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> "Message":
+        if self.role != "assistant" and (self.tool_calls or self.reasoning_content is not None):
+            raise ValueError("tool_calls and reasoning_content belong to role 'assistant'")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("tool_call_id belongs to role 'tool', and that needs it")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing; only an assistant with tool_calls may leave it out")
+        return self
+
+    def text(self) -> str:
+        """The content."""
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+    def for_template(self) -> dict[str, Any]:
         """As chat templates want it; they know "developer" by its older name."""
         role = "system" if self.role == "developer" else self.role
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": role, "content": text}
+        rest = self.model_dump(include={"reasoning_content", "tool_calls"}, exclude_none=True)
+        return {"role": role, "content": self.text(), **rest}
+
+
+class Function(Strict):
+    """A tool that may be called.
+
+    Attributes:
+        parameters: the JSON schema of its arguments, an object; left out, there are none.
+        strict: keep the arguments to it wherever the tool is called, and not only where a call is required.
+    """
+
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+    strict: bool = False
+
+    @field_validator("parameters")
+    @classmethod
+    def _is_object(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if value.get("type", "object") != "object":
+            raise ValueError("arguments are an object: its schema has type 'object'")
+        return {"type": "object"} | value
+
+
+class Tool(Strict):
+    """One entry of `tools`."""
+
+    type: Literal["function"]
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates want it."""
+        function = self.function.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
+        return {"type": "function", "function": function}
+
+
+class FunctionName(Strict):
+    """Names a tool."""
+
+    name: str
+
+
+class NamedChoice(Strict):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class TemplateOptions(Strict):
+    """Variables that chat templates of the family know besides the messages and the tools."""
+
+    enable_thinking: bool | None = None
 
 
 class StreamOptions(Strict):
@@ -146,12 +236,33 @@ class Sampled(Strict):
 
 
 class ChatRequest(Sampled):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions.
+
+    Attributes:
+        add_generation_prompt: left out, true where no message is continued.
+        continue_final_message: go on with the last message, the assistant's, and not with a new one.
+    """
 
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: TemplateOptions = TemplateOptions()
+    continue_final_message: bool = False
     max_completion_tokens: int | None = None
     logprobs: bool = False
+    parallel_tool_calls: bool = True
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice = "auto"
+    tools: Annotated[list[Tool], Field(fail_fast=True, min_length=1, max_length=MOST_TOOLS)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @field_validator("tools")
+    @classmethod
+    def _tools_are_few_and_short(cls, value: list[Tool] | None) -> list[Tool] | None:
+        names = [tool.function.name for tool in value or ()]
+        if len(names) > len(set(names)):
+            raise ValueError("two of the tools have the same name")
+        if value and len(json.dumps([tool.for_template() for tool in value])) > LONGEST_TOOLS:
+            raise ValueError(f"the tools have more than {LONGEST_TOOLS} characters")
+        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ChatRequest":
@@ -160,6 +271,54 @@ class ChatRequest(Sampled):
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens are the same; give one of them")
         return self
+
+    @model_validator(mode="after")
+    def _chooses_a_tool(self) -> "ChatRequest":
+        if self.tool_choice in ("none", "auto"):
+            return self
+        names = [tool.function.name for tool in self.tools or ()]
+        if not names:
+            raise ValueError(f"tool_choice = {_shown(self.tool_choice)} needs tools")
+        if isinstance(self.tool_choice, NamedChoice) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice = {_shown(self.tool_choice)} names none of the tools")
+        return self
+
+    @model_validator(mode="after")
+    def _continues_an_answer(self) -> "ChatRequest":
+        last = self.messages[-1]
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        if self.continue_final_message and (last.role != "assistant" or last.tool_calls or not last.text().strip()):
+            raise ValueError(
+                "continue_final_message needs a last message of the assistant, with content and no tool_calls"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_its_calls(self) -> "ChatRequest":
+        called: set[str] = set()
+        for message in self.messages:
+            if message.role == "assistant":
+                called = {call.id for call in message.tool_calls or ()}
+            if message.tool_call_id is not None and message.tool_call_id not in called:
+                raise ValueError(f"tool_call_id = {_shown(message.tool_call_id)} is no call of the assistant before it")
+        return self
+
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the model is shown."""
+        return [] if self.tools is None or self.tool_choice == "none" else self.tools
+
+    def conversation(self) -> list[Message]:
+        """The messages; results of calls stand in the order of the calls, since templates do not write ids."""
+        ordered: list[Message] = []
+        calls: list[str | None] = []
+        for is_result, group in itertools.groupby(self.messages, key=lambda message: message.role == "tool"):
+            messages = list(group)
+            if is_result:
+                messages.sort(key=lambda message: calls.index(message.tool_call_id))
+            ordered += messages
+            calls = [call.id for call in messages[-1].tool_calls or ()]
+        return ordered
 
 
 class CompletionRequest(Sampled):
@@ -203,6 +362,10 @@ def explained(error: ValidationError) -> tuple[str, str | None]:
         if reason is None:
             return f"unknown field {field!r}. Leave it out, or see docs/serving.md for the fields there are.", field
         return f"field {field!r} is not served: {reason}.", field
-    shown = f" (found {repr(first['input'])[:80]})" if field else ""
+    shown = f" (found {_shown(first['input'])})" if field else ""
     message = first["msg"].removeprefix("Value error, ")
     return f"{field or 'the request'}: {message}{shown}. See docs/serving.md for the fields there are.", field
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:80]
