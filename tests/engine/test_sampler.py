@@ -136,3 +136,12 @@ def test_random_numbers_are_uniform_and_independent_of_seed_and_position() -> No
         pairs = zip(flat, [number for row in shifted for number in row], strict=True)
         correlation = 12 * sum((a - 0.5) * (b - 0.5) for a, b in pairs) / len(flat)
         assert abs(correlation) < 4 / len(flat) ** 0.5
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-308, 1e-30, 1e-6])
+def test_the_least_temperatures_act_like_none(temperature: float) -> None:
+    logits = 100 * torch.randn(8, VOCABULARY)
+    logits[1, 3] = 1e30
+    draws = [Draw(request([1, 2], temperature=temperature), seed) for seed in range(8)]
+    tokens = [one.token for one in draw(logits, draws, VOCABULARY, frozenset())]
+    assert tokens == logits.argmax(dim=1).tolist()

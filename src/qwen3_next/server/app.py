@@ -71,7 +71,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastA
 
     Its routes take raw bodies: pydantic reads them faster than `json`, and refuses what is nested too deeply.
     """
-    app = _Application(title="qwen3-next", openapi_url=None)
+    app = _Application(title="qwen3-next", docs_url=None, redoc_url=None)
     routes = _Routes(engine, config or ServerConfig())
     app.include_router(routes.open())
     app.include_router(routes.guarded(), dependencies=[Depends(routes.require_key)])
@@ -84,6 +84,12 @@ class _Application(FastAPI):
     def build_middleware_stack(self) -> ASGIApp:
         """With the log outside of everything, where answers to unforeseen exceptions pass too."""
         return Logged(super().build_middleware_stack())
+
+    def openapi(self) -> dict[str, Any]:
+        """The description of the interface, with the bodies that routes read themselves."""
+        found = super().openapi()
+        found.setdefault("components", {})["schemas"] = schema.definitions()
+        return found
 
 
 class _Routes:
@@ -104,10 +110,15 @@ class _Routes:
         router.add_api_route("/v1/models", self.models, methods=["GET"])
         router.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
         router.add_api_route("/metrics", self.figures, methods=["GET"])
-        router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
-        router.add_api_route("/v1/completions", self.complete, methods=["POST"])
-        router.add_api_route("/tokenize", self.tokenize, methods=["POST"])
-        router.add_api_route("/detokenize", self.detokenize, methods=["POST"])
+        router.add_api_route(
+            "/v1/chat/completions", self.chat, methods=["POST"], openapi_extra=_takes(schema.ChatRequest)
+        )
+        for path, route, kind in (
+            ("/v1/completions", self.complete, schema.CompletionRequest),
+            ("/tokenize", self.tokenize, schema.TokenizeRequest),
+            ("/detokenize", self.detokenize, schema.DetokenizeRequest),
+        ):
+            router.add_api_route(path, route, methods=["POST"], openapi_extra=_takes(kind))
         for path in ("/v1/embeddings", "/v1/responses"):
             router.add_api_route(path, self.refuse, methods=["POST"])
         return router
@@ -266,6 +277,11 @@ class _Routes:
         if status >= 500:  # what is wrong with a request may quote it
             request.scope["report"].details["error"] = f"{type(error).__name__}: {error}"
         return JSONResponse(bridge.failure(message, kind, param, code), status, headers)
+
+
+def _takes(kind: type[schema.Strict]) -> bridge.Json:
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 class _Events(StreamingResponse):

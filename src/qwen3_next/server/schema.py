@@ -5,6 +5,7 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.json_schema import models_json_schema
 
 REFUSED = {
     "functions": "it was replaced by tools",
@@ -348,6 +349,14 @@ class DetokenizeRequest(Strict):
 
     model: str | None = None
     tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]
+
+
+def definitions() -> dict[str, Any]:
+    """Every body as a JSON schema, for the OpenAPI document."""
+    kinds = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+    inputs: list[tuple[type[BaseModel], Literal["validation"]]] = [(kind, "validation") for kind in kinds]
+    _, found = models_json_schema(inputs, ref_template="#/components/schemas/{model}")
+    return found["$defs"]
 
 
 def explained(error: ValidationError) -> tuple[str, str | None]:
