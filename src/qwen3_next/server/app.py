@@ -21,6 +21,7 @@ from qwen3_next.engine import AsyncEngine, StreamUpdate
 from qwen3_next.errors import CapacityError, InputError, OverloadedError, Qwen3NextError
 from qwen3_next.server import bridge, schema
 from qwen3_next.server.metrics import Metrics
+from qwen3_next.server.static import page_routes
 
 logger = logging.getLogger("qwen3_next.server")
 
@@ -60,6 +61,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastA
     """
     app = FastAPI(title="qwen3-next", openapi_url=None)
     routes = _Routes(engine, config or ServerConfig())
+    app.include_router(page_routes())
     app.include_router(routes.open())
     app.include_router(routes.guarded(), dependencies=[Depends(routes.require_key)])
     for kind in (RequestError, ClientDisconnect, ValidationError, HTTPException, Qwen3NextError, Exception):
