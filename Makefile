@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 HOUSE_RULES := tests/test_architecture.py tests/test_public_api.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu check fix bench bench-ops
+.PHONY: help setup demo test test-gpu test-page screenshot check fix bench bench-ops
 
 help:   ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,13 @@ test: .venv/dev.stamp   ## all tests
 test-gpu: .venv/dev.stamp   ## the tests of the operations on a GPU, kernels and large sizes included
 	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make test-gpu needs a CUDA device")'
 	$(BIN)/python -m pytest tests/ops -k cuda
+
+# They need chromium and chromium-driver, so `make test` leaves them out; pyproject.toml says how.
+test-page: .venv/dev.stamp   ## the tests of the chat page in a browser (Debian: chromium, chromium-driver)
+	$(BIN)/python -m pytest --override-ini "addopts=--strict-markers --strict-config -ra" tests/page
+
+screenshot: .venv/dev.stamp   ## docs/page.png, made anew
+	$(BIN)/python -m tests.page.screenshot
 
 check: .venv/dev.stamp   ## style, types, import rule, line budgets, exports
 	$(BIN)/ruff check .

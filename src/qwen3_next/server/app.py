@@ -21,6 +21,7 @@ from qwen3_next.errors import CapacityError, DeadlineError, EngineError, InputEr
 from qwen3_next.server import bridge, schema
 from qwen3_next.server.logs import Logged, Report
 from qwen3_next.server.metrics import Metrics
+from qwen3_next.server.static import page_routes
 
 Body = TypeVar("Body", bound=schema.Strict)
 Result = TypeVar("Result")
@@ -73,6 +74,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastA
     """
     app = _Application(title="qwen3-next", docs_url=None, redoc_url=None)
     routes = _Routes(engine, config or ServerConfig())
+    app.include_router(page_routes())
     app.include_router(routes.open())
     app.include_router(routes.guarded(), dependencies=[Depends(routes.require_key)])
     for kind in (RequestError, ClientDisconnect, ValidationError, HTTPException, Qwen3NextError, Exception):
