@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,7 @@ def spawned(count: int, folder: Path, work: Callable[[Path], None]) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs: of one process, of two, of four that go on from two, and of one that goes on from two."""
     folder = tmp_path_factory.mktemp("runs")
     trained(folder / "one")
@@ -180,7 +180,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         shutil.copytree(folder / "part", folder / copy)
     spawned(4, folder, work_of_four)
     trained(folder / "part_on_one")
-    yield folder
+    return folder
 
 
 @pytest.mark.parametrize("name", ["fsdp", "experts", "both"])
