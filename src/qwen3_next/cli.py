@@ -6,6 +6,7 @@ operation that computes something else than it should.
 """
 
 import gc
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -239,6 +240,8 @@ def train(
 
     settings = TrainConfig.from_toml(config)
     result = run(settings)
+    if os.environ.get("RANK", "0") != "0":  # torchrun numbers its processes; the first speaks for all
+        return
     output = Path(settings.run.output)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{'finished' if result.finished else 'stopped'} at step {result.step:,}, {result.tokens:,} tokens")

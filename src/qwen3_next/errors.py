@@ -13,6 +13,7 @@
     └── TrainingError    RuntimeError a training run cannot start or go on
         ├── DataError                 the training data is missing, empty or malformed
         ├── DivergedError             the loss or the gradients stopped being finite
+        ├── RankError                 another process of the same run failed or is gone
         └── StorageError              a checkpoint or a log could not be written
 
 Every message says what was wrong, what is allowed, and what to do about it. Each class also derives from
@@ -31,6 +32,7 @@ __all__ = [
     "InputError",
     "OverloadedError",
     "Qwen3NextError",
+    "RankError",
     "StorageError",
     "TrainingError",
 ]
@@ -85,6 +87,10 @@ class DataError(TrainingError):
 
 class DivergedError(TrainingError):
     """The loss or the gradients stopped being finite."""
+
+
+class RankError(TrainingError):
+    """Another process of the same training run failed or is gone; its own message says why."""
 
 
 class StorageError(TrainingError):

@@ -1,7 +1,7 @@
 """What all model classes share: initialisation, and loading and saving in the published layout."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -101,6 +101,7 @@ class Qwen3NextPreTrainedModel(PreTrainedModel):
         push_to_hub: bool = False,
         max_shard_size: int | str = "4GB",
         dtype: torch.dtype | None = None,
+        fetch: Callable[[str], Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         """Write configuration, generation settings and weights in the published layout.
@@ -111,6 +112,7 @@ class Qwen3NextPreTrainedModel(PreTrainedModel):
             max_shard_size: size of a file at most, as bytes or like "4GB".
             dtype: of every tensor written: `torch.bfloat16` exports what was published. None keeps each tensor's own,
                 so that fp32 decay rates survive a round trip.
+            fetch: gives the values of a parameter that is on the meta device; None looks for offloaded ones.
             kwargs: for the hub with `push_to_hub`: `repo_id` (by default the directory's name), `token`, `private`,
                 `tags`, `commit_message`, `commit_description`, `revision`, `create_pr`. A model that carries PEFT
                 adapters is saved by transformers' own method, which writes the adapters alone.
@@ -137,7 +139,7 @@ class Qwen3NextPreTrainedModel(PreTrainedModel):
                 directory,
                 dtype=dtype,
                 max_shard_bytes=max_shard_bytes,
-                fetch=lambda name: load_offloaded_parameter(self, name),
+                fetch=fetch or (lambda name: load_offloaded_parameter(self, name)),
             )
             self.config.save_pretrained(directory)
             if self.can_generate():

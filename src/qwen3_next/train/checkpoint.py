@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from qwen3_next.train.data import Cursor
 from qwen3_next.train.storage import is_full
 
 _MODEL, _STATE, _NOTES, _PREFIX = "model", "state.safetensors", "state.json", "step-"
+_FURTHER, _FILE_BYTES = "state-*.safetensors", 4_000_000_000
 _START = Cursor()
 
 
@@ -55,13 +56,13 @@ class Saved:
 
     Attributes:
         model: directory of the model in the published layout.
-        tensors: the optimiser's, the generators' and the log's.
+        tensors: the optimiser's, the generators' and the log's, each read when it is asked for.
     """
 
     progress: Progress
     identity: Identity
     model: Path
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
 
 
 def same_run_settings(config: TrainConfig) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def same_run_settings(config: TrainConfig) -> dict[str, Any]:
     kept = {table: settings[table] for table in ("model", "optimizer", "loss")}
     kept["data"] = {key: settings["data"][key] for key in ("sequence_length", "tokens_per_batch")}
     kept["run"] = {key: settings["run"][key] for key in ("seed", "dtype", "accumulate")}
-    return json.loads(json.dumps(dict(_flattened(kept, ""))))
+    return json.loads(json.dumps(dict(flattened(kept))))
 
 
 def refuse_other_settings(saved: Mapping[str, Any], config: TrainConfig) -> None:
@@ -109,10 +110,11 @@ def refuse_other_documents(saved: Sequence[str], mine: Sequence[str], config: Tr
         )
 
 
-def _flattened(table: Mapping[str, Any], where: str) -> Generator[tuple[str, Any]]:
+def flattened(table: Mapping[str, Any], where: str = "") -> Generator[tuple[str, Any]]:
+    """Nested settings by their dotted names."""
     for key, value in table.items():
         if isinstance(value, dict):
-            yield from _flattened(cast("dict[str, Any]", value), f"{where}{key}.")
+            yield from flattened(cast("dict[str, Any]", value), f"{where}{key}.")
         else:
             yield f"{where}{key}", value
 
@@ -158,7 +160,7 @@ def save_checkpoint(
             partial = _partial(target)
             partial.mkdir(parents=True)
             export(partial / _MODEL)
-            save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, partial / _STATE)
+            _write_state(partial, tensors)
             notes = {"progress": asdict(progress), "identity": asdict(identity)}
             (partial / _NOTES).write_text(json.dumps(notes, indent=2), encoding="utf-8")
             _flush(partial)
@@ -183,8 +185,7 @@ def load_latest(directory: Path) -> Saved | None:
     newest = found[-1]
     try:
         notes = json.loads((newest / _NOTES).read_text(encoding="utf-8"))
-        with safe_open(newest / _STATE, framework="pt") as handle:
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  not a mapping
+        tensors = StoredState(newest)
         position = notes["progress"]
         progress = Progress(**(position | {"cursor": Cursor(**position["cursor"])}))
         return Saved(progress, Identity(**notes["identity"]), newest / _MODEL, tensors)
@@ -192,6 +193,34 @@ def load_latest(directory: Path) -> Saved | None:
         raise CheckpointError(
             f"cannot read the checkpoint {newest}: {error}. Remove that directory to continue from the one before."
         ) from error
+
+
+class StoredState(Mapping[str, Tensor]):
+    """The tensors of a checkpoint's state files by name; none is held after it was asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        handles = [safe_open(path, framework="pt") for path in (directory / _STATE, *sorted(directory.glob(_FURTHER)))]
+        self._of = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118  not a mapping
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._of[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._of)
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+
+def _write_state(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One file, or several where one would take more memory than `_FILE_BYTES` and one tensor."""
+    files, held, size = 0, dict[str, Tensor](), 0
+    for place, (name, tensor) in enumerate(tensors.items(), start=1):
+        held[name] = tensor.detach().cpu().contiguous()
+        size += held[name].nbytes
+        if size >= _FILE_BYTES or place == len(tensors):
+            save_file(held, directory / (_FURTHER.replace("*", f"{files:05d}") if files else _STATE))
+            files, held, size = files + 1, {}, 0
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:

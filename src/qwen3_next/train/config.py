@@ -103,7 +103,7 @@ class RunSettings:
         seed: of fresh weights and of the order of the documents.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: of computation; master weights are always fp32.
-        accumulate: batches per optimiser step.
+        accumulate: batches per optimiser step, those of all processes together.
         checkpoint_every, validate_every, log_every: in steps; 0 for checkpoints and validation only at the end.
         keep: how many checkpoints to keep.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -124,6 +124,21 @@ class RunSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelSettings:
+    """How several processes train one model; without effect in a single one.
+
+    Attributes:
+        experts: how many neighbouring ranks share one set of experts; 1 for no expert parallelism. Must divide the
+            number of processes and of experts.
+        timeout: after so many seconds without another rank's answer a rank gives up. Longer than the longest thing that
+            one does alone: tokenising, writing the files of a checkpoint.
+    """
+
+    experts: int = 1
+    timeout: float = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole run; each field is a table of the TOML file.
 
@@ -137,6 +152,7 @@ class TrainConfig:
     schedule: ScheduleSettings
     loss: LossSettings = LossSettings()
     run: RunSettings
+    parallel: ParallelSettings = ParallelSettings()
 
     def __post_init__(self) -> None:
         for table in fields(self):
@@ -265,6 +281,8 @@ def _check_bounds(c: TrainConfig) -> None:
         ("run.log_every", c.run.log_every, 1, math.inf),
         ("run.keep", c.run.keep, 1, math.inf),
         ("run.max_seconds", c.run.max_seconds, 0, math.inf),
+        ("parallel.experts", c.parallel.experts, 1, math.inf),
+        ("parallel.timeout", c.parallel.timeout, 1, math.inf),
     ]
     for name, value, low, high in bounds:
         if not (low <= value <= high and math.isfinite(value)):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -61,6 +61,19 @@ class RunLog:
         with storage_errors(self.path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+
+
+class SilentLog(AbstractContextManager["SilentLog"]):
+    """The log of a rank that writes none."""
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def note(self, event: str, details: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def row(self, step: int, values: Row) -> None:
+        """Nothing."""
 
 
 def read_rows(directory: Path) -> list[dict[str, Any]]:

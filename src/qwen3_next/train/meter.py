@@ -7,27 +7,35 @@ import torch
 from torch import Tensor
 
 from qwen3_next.train.loss import BatchLoss
+from qwen3_next.train.ranks import Ranks
 
 _PREFIX, _LOAD, _STEPS = "meter.", "load", "steps"
+_PARTS = ("total", "lm", "mtp", "balance")
 
 
 class Meter:
     """Sums figures on the device and fetches them when a row is due, so that no step has to wait for the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
         self.sums: dict[str, Tensor] = {}
+        self.window: Tensor | None = None
         self.steps, self.lr, self.tokens = 0, 0.0, 0
         self.started = time.monotonic()
 
     def add(self, loss: BatchLoss) -> None:
         """Count a batch's share of its window."""
-        for name, part in (("total", loss.total), ("lm", loss.lm), ("mtp", loss.mtp), ("balance", loss.balance)):
-            self._sum(f"loss/{name}", part.detach())
+        parts = torch.stack([getattr(loss, name).detach() for name in _PARTS])
+        self.window = parts if self.window is None else self.window + parts
         if loss.load is not None:
             self._sum(_LOAD, loss.load)
 
     def end_step(self, grad_norm: Tensor, lr: float, tokens: int) -> None:
-        """Count a step of the optimiser over so many tokens."""
+        """Count a step of the optimiser over so many tokens, those of all ranks."""
+        assert self.window is not None, "a step has batches"
+        for name, part in zip(_PARTS, self.ranks.sum_(self.window), strict=True):
+            self._sum(f"loss/{name}", part)
+        self.window = None
         self._sum("grad_norm", grad_norm)
         self.steps, self.lr, self.tokens = self.steps + 1, lr, self.tokens + tokens
 
@@ -55,11 +63,11 @@ class Meter:
         tensors = {_PREFIX + name: value for name, value in self.sums.items()}
         return tensors | {_PREFIX + _STEPS: torch.tensor(self.steps)}
 
-    def load_state(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on where `state` was taken."""
-        mine = {k.removeprefix(_PREFIX): v for k, v in tensors.items() if k.startswith(_PREFIX)}
+        mine = {name.removeprefix(_PREFIX): tensors[name] for name in tensors if name.startswith(_PREFIX)}
         self.steps = int(mine.pop(_STEPS))
-        self.sums = {name: value.to(device) for name, value in mine.items()}
+        self.sums = {name: value.to(self.ranks.device) for name, value in mine.items()}
 
     def _sum(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums[name] + value if name in self.sums else value

@@ -2,16 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim.adamw import adamw
 
 from qwen3_next.model.layers import ZeroCentredNorm
 from qwen3_next.train.config import OptimizerSettings
+from qwen3_next.train.cuts import Cut, total_norm
+from qwen3_next.train.ranks import Ranks
 
-_ALWAYS_FP32 = ("A_log", "dt_bias")
+ALWAYS_FP32 = ("A_log", "dt_bias")
 """They steer an exponential, which the published model computes in fp32."""
 
 
@@ -56,7 +60,9 @@ class Slot:
     """One parameter of the model and what the optimiser keeps for it, all fp32 on the parameter's device.
 
     Attributes:
-        parameter: what the model computes with: the master itself, or a copy of it in the dtype of computation.
+        parameter: what the model computes with: the master itself, or a copy of it in the dtype of computation. Where
+            the model is sharded it is the master itself, and all tensors here are this rank's rows.
+        cut: which rows those are; None of a whole parameter.
         master: the weights.
         grad: the sum of the gradients of a window.
         mean, square: the moments, running means of gradient and squared gradient.
@@ -64,11 +70,17 @@ class Slot:
     """
 
     parameter: nn.Parameter
+    cut: Cut | None
     master: Tensor
     grad: Tensor
     mean: Tensor
     square: Tensor
     step: Tensor
+
+    @property
+    def size(self) -> int:
+        """How many numbers the whole parameter has, on all ranks."""
+        return self.master.numel() if self.cut is None else self.cut.rows * prod(self.master.shape[1:])
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of it."""
@@ -80,24 +92,38 @@ class MasterAdamW:
 
     Gradients of several batches are summed in fp32. A step whose gradient norm is not finite changes nothing; it is
     counted in `skipped`, on the device, so that the host can look when it likes instead of waiting at every step.
+
+    Args:
+        dtype: of computation. A model that `shard_` has cut is given no copies: it makes them when it gathers.
+        cuts: what `shard_` returned.
+        ranks: the processes that the model is cut over; all of them call every method. None: this process alone.
     """
 
-    def __init__(self, model: nn.Module, settings: OptimizerSettings, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: OptimizerSettings,
+        dtype: torch.dtype,
+        cuts: Mapping[str, Cut] | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.settings = settings
+        cuts = cuts or {}
         self.groups = parameter_groups(model)
         parameters = dict(model.named_parameters())
         self.slots = {
-            name: _slot(parameters[name], torch.float32 if name.endswith(_ALWAYS_FP32) else dtype)
+            name: _slot(parameters[name], torch.float32 if name.endswith(ALWAYS_FP32) else dtype, cuts.get(name))
             for group in self.groups
             for name in group.parameters
         }
         self.device = next(iter(self.slots.values())).master.device
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.ranks = Ranks(self.device) if ranks is None else ranks
 
     @torch.no_grad()
     def accumulate(self) -> None:
         """Add the model's gradients to the fp32 sums and drop them."""
-        pairs = [(slot.grad, slot.parameter.grad) for slot in self.slots.values() if slot.parameter.grad is not None]
+        pairs = [(slot.grad, _local(g)) for slot in self.slots.values() if (g := slot.parameter.grad) is not None]
         torch._foreach_add_([ours for ours, _ in pairs], [new for _, new in pairs])  # pyright: ignore[reportPrivateImportUsage]
         for slot in self.slots.values():
             slot.parameter.grad = None
@@ -106,7 +132,7 @@ class MasterAdamW:
     def step(self, lr: float) -> Tensor:
         """Clip, update, round into the model, clear the sums. Returns the gradient norm before clipping."""
         grads = [slot.grad for slot in self.slots.values()]
-        norm = get_total_norm(grads)
+        norm = self._norm() if self.ranks.count > 1 else get_total_norm(grads)
         broken = ~norm.isfinite()
         self.skipped += broken
         # The fused kernel divides gradients by `grad_scale` and does nothing where `found_inf` is set.
@@ -117,6 +143,15 @@ class MasterAdamW:
         torch._foreach_zero_(grads)  # pyright: ignore[reportPrivateImportUsage]
         return norm
 
+    def _norm(self) -> Tensor:
+        """The norm over all ranks, after the gradients of whole parameters have been summed over them."""
+        whole = [slot.grad for slot in self.slots.values() if slot.cut is None]
+        if whole:
+            summed = self.ranks.sum_(torch.cat([grad.flatten() for grad in whole]))
+            for grad, values in zip(whole, summed.split([grad.numel() for grad in whole]), strict=True):
+                grad.copy_(values.view_as(grad))
+        return total_norm([slot.grad for slot in self.slots.values() if slot.cut is not None], whole, self.ranks)
+
     def _round(self) -> None:
         """Copy the masters into the parameters that are of another dtype."""
         slots = [slot for slot in self.slots.values() if slot.parameter.dtype != torch.float32]
@@ -125,7 +160,7 @@ class MasterAdamW:
             torch._foreach_copy_(parameters, [slot.master for slot in slots])  # pyright: ignore[reportPrivateImportUsage]
 
     def _update(self, group: ParameterGroup, lr: float, grad_scale: Tensor, found_inf: Tensor) -> None:
-        slots = [self.slots[name] for name in group.parameters]
+        slots = [self.slots[name] for name in group.parameters if self.slots[name].master.numel()]
         adamw(
             [slot.master for slot in slots],
             [slot.grad for slot in slots],
@@ -148,23 +183,35 @@ class MasterAdamW:
     def largest_norm_weight(self) -> float:
         """The largest zero-centred norm weight in magnitude, whose growth Qwen3-Next watches; waits for the device."""
         names = next(group.parameters for group in self.groups if group.name == "zero_centred_norms")
-        return torch.stack([self.slots[name].master.abs().max() for name in names]).max().item()
+        masters = [self.slots[name].master for name in names]
+        return self.ranks.largest_(torch.stack([x.abs().max() for x in masters if x.numel()]).max()).item()
 
     def state(self) -> dict[str, Tensor]:
-        """Master weights, moments and step counts by name, for a checkpoint."""
+        """Master weights, moments and step counts by name, for a checkpoint; this rank's rows of what is cut."""
         return {f"{key}.{name}": tensor for name, slot in self.slots.items() for key, tensor in slot.state().items()}
+
+    def cuts(self) -> dict[str, Cut]:
+        """How the tensors of `state` are cut; those that are not named are whole."""
+        cut = {name: slot.cut for name, slot in self.slots.items() if slot.cut is not None}
+        return {f"{key}.{name}": where for name, where in cut.items() for key in ("master", "mean", "square")}
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue exactly where `state` was taken."""
-        for name, slot in self.slots.items():
-            for key, tensor in slot.state().items():
-                tensor.copy_(tensors[f"{key}.{name}"])
+        """Continue exactly where `state` was taken, on however many ranks; the tensors given are whole."""
+        cuts = self.cuts()
+        for name, tensor in self.state().items():
+            tensor.copy_(cuts[name].part(tensors[name]) if name in cuts else tensors[name])
         self._round()
 
 
-def _slot(parameter: nn.Parameter, dtype: torch.dtype) -> Slot:
-    master = parameter.detach().float()
-    parameter.data = master.to(dtype)
+def _slot(parameter: nn.Parameter, dtype: torch.dtype, cut: Cut | None) -> Slot:
+    master = _local(parameter.detach()).float()
+    if cut is None:
+        parameter.data = master.to(dtype)
     grad, mean, square = (torch.zeros_like(master) for _ in range(3))
-    return Slot(parameter, master, grad, mean, square, torch.zeros((), device=master.device))
+    return Slot(parameter, cut, master, grad, mean, square, torch.zeros((), device=master.device))
+
+
+def _local(x: Tensor) -> Tensor:
+    """The rows of a sharded tensor that lie on this rank, in the same memory."""
+    return x.to_local() if isinstance(x, DTensor) else x

@@ -1,15 +1,14 @@
 """The training loop."""
 
-import re
 import signal
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from rich.progress import (
@@ -21,21 +20,29 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.errors import BackendError, ConfigError, DivergedError
 from qwen3_next.model import Qwen3NextForCausalLM
 from qwen3_next.train import checkpoint as ckpt
 from qwen3_next.train.config import TrainConfig
+from qwen3_next.train.cuts import WholeTensors
 from qwen3_next.train.data import PackedBatch, PackedDocuments, Prefetcher
-from qwen3_next.train.log import RunLog, plot_losses
+from qwen3_next.train.log import Row, RunLog, SilentLog, plot_losses
 from qwen3_next.train.loss import LoadBuffer, LossWeights, Window, batch_loss, count_load
 from qwen3_next.train.meter import Meter
 from qwen3_next.train.optimizer import MasterAdamW
+from qwen3_next.train.parallel import shard_
+from qwen3_next.train.ranks import Ranks, joined
 from qwen3_next.train.schedule import lr_factor
 from qwen3_next.train.sources import copy_tokenizer, has_tokenizer, open_documents
 from qwen3_next.train.validation import validate
+
+Reason = Literal["finished", "time limit", "signal"]
+_REASONS: tuple[Reason, ...] = get_args(Reason)
+_TIME_LIMIT, _SIGNAL = 1, 2
+"""Their places among the reasons; the later wins."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class TrainResult:
         model: directory of the exported model.
     """
 
-    reason: Literal["finished", "time limit", "signal"]
+    reason: Reason
     step: int
     tokens: int
     seconds: float
@@ -61,7 +68,9 @@ class TrainResult:
 
 
 def train(config: TrainConfig | Path | str) -> TrainResult:
-    """Train on one device, continuing from the newest checkpoint in the output directory where there is one.
+    """Train, continuing from the newest checkpoint in the output directory where there is one.
+
+    On one device, or under `torchrun` on one for each of its processes, of which all return the same.
 
     A run continues only as the run it was; `checkpoint.same_run_settings` says which settings that takes.
 
@@ -73,12 +82,14 @@ def train(config: TrainConfig | Path | str) -> TrainResult:
         ConfigError: a setting cannot be honoured, or differs from those of the run to continue.
         CheckpointError: `model.path` or the newest checkpoint of the run cannot be read.
         DataError: the documents cannot be read.
+        RankError: another process of the run failed or is gone.
         DivergedError: loss or gradients are no longer finite; the last good checkpoint is intact.
         StorageError: the disk refused a checkpoint or a log; earlier checkpoints are intact.
     """
     settings = config if isinstance(config, TrainConfig) else TrainConfig.from_toml(config)
     try:
-        return _Run(settings).run()
+        with joined(settings) as ranks:
+            return _Run(settings, ranks).run()
     except torch.OutOfMemoryError as error:
         raise BackendError(
             f"the device's memory is full with data.tokens_per_batch={settings.data.tokens_per_batch}; halve it and "
@@ -89,37 +100,53 @@ def train(config: TrainConfig | Path | str) -> TrainResult:
 class _Run:
     """One process of training: model, optimiser, documents, log."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config, self.output = config, Path(config.run.output)
+    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+        self.config, self.ranks, self.output = config, ranks, Path(config.run.output)
         self.checkpoints = self.output / "checkpoints"
-        self.device = _device(config.run.device)
-        saved = ckpt.load_latest(self.checkpoints)
-        if saved is not None:
-            ckpt.refuse_other_settings(saved.identity.settings, config)
-            _refuse_steps_done(saved.progress.step, config)
-        self.model = _model(config, saved)
+        ranks.refuse_disagreement("the settings", dict(ckpt.flattened(config.as_dict())))
+        saved = ranks.together(self._saved)
+        self.model = ranks.together(lambda: _model(config, saved))
         _refuse_beyond_context(self.model.config, config)
-        stores, self.validation = open_documents(config.data, self.output / "tokens", self.model.config.vocab_size)
+        stores, self.validation = ranks.one_after_the_first(
+            lambda: open_documents(config.data, self.output / "tokens", self.model.config.vocab_size)
+        )
         self.identity = ckpt.Identity(ckpt.same_run_settings(config), [store.checksum for store in stores])
+        self.progress, self.meter = ckpt.Progress() if saved is None else saved.progress, Meter(ranks)
+        ranks.refuse_disagreement("documents and checkpoint", self._read_so_far())
         if saved is not None:
             ckpt.refuse_other_documents(saved.identity.documents, self.identity.documents, config)
         self.documents = PackedDocuments(
             stores, config.data.sequence_length, config.data.tokens_per_batch, config.run.seed
         )
-        self.tokenizer = self._keep_tokenizer()
-        cast("nn.Module", self.model).to(self.device)
-        self.optimizer = MasterAdamW(self.model, config.optimizer, getattr(torch, config.run.dtype))
+        self.tokenizer = ranks.one_after_the_first(self._keep_tokenizer)
+        self.shapes = _without_values(self.model)
+        self.optimizer = self._distribute(getattr(torch, config.run.dtype))
         self.weights = _weights(config, self.model.config)
         self.mtp_steps = self.model.config.num_mtp_steps if self.model.mtp is not None else 0
-        self.progress, self.meter = ckpt.Progress(), Meter()
         if saved is not None:
-            self._continue(saved)
+            self.optimizer.load_state(saved.tensors)
+            self.meter.load_state(saved.tensors)
+            ckpt.set_generator_states(saved.tensors, ranks.device)
 
-    def _continue(self, saved: ckpt.Saved) -> None:
-        self.progress = saved.progress
-        self.optimizer.load_state(saved.tensors)
-        self.meter.load_state(saved.tensors, self.device)
-        ckpt.set_generator_states(saved.tensors, self.device)
+    def _saved(self) -> ckpt.Saved | None:
+        saved = ckpt.load_latest(self.checkpoints)
+        if saved is not None:
+            ckpt.refuse_other_settings(saved.identity.settings, self.config)
+            _refuse_steps_done(saved.progress.step, self.config)
+        return saved
+
+    def _read_so_far(self) -> dict[str, Any]:
+        """What all ranks must have read alike."""
+        checksums = {f"document {number}": checksum for number, checksum in enumerate(self.identity.documents)}
+        return checksums | {"steps done": self.progress.step}
+
+    def _distribute(self, dtype: torch.dtype) -> MasterAdamW:
+        """The model goes to the device, or its parts to those of all ranks; the optimiser follows it."""
+        if self.ranks.count == 1:
+            cast("nn.Module", self.model).to(self.ranks.device)
+            return MasterAdamW(self.model, self.config.optimizer, dtype)
+        cuts = shard_(self.model, self.ranks, dtype)
+        return MasterAdamW(self.model, self.config.optimizer, dtype, cuts, self.ranks)
 
     def _keep_tokenizer(self) -> str:
         """Copy the tokenizer into the run at once, so that nothing of it can be missing at the end; "" for none."""
@@ -132,35 +159,38 @@ class _Run:
         return str(kept) if has_tokenizer(str(kept)) else ""
 
     def run(self) -> TrainResult:
-        with RunLog(self.output, self.progress.step) as log:
+        with self.ranks.together(self._open_log) as log:
             self._introduce(log)
             reason = self._train(log)
             self._finish()
         p = self.progress
         return TrainResult(reason, p.step, p.tokens, p.seconds, self.output / "model")
 
-    def _train(self, log: RunLog) -> Literal["finished", "time limit", "signal"]:
+    def _open_log(self) -> RunLog | SilentLog:
+        return RunLog(self.output, self.progress.step) if self.ranks.is_first else SilentLog()
+
+    def _train(self, log: RunLog | SilentLog) -> Reason:
         """Step until all steps are done, a signal comes or the time is up."""
         started, earlier = time.monotonic(), self.progress.seconds
         limit = self.config.run.max_seconds or float("inf")
         prefetcher = Prefetcher(self.documents.batches(self.progress.cursor))
         try:
-            with _stop_signals() as stop, _progress_bar() as bar:
+            with _stop_signals() as stop, _progress_bar(self.ranks.is_first) as bar:
                 task = bar.add_task("training", total=self.config.schedule.steps, figures="")
                 while self.progress.step < self.config.schedule.steps:
                     self._step([next(prefetcher) for _ in range(self.config.run.accumulate)])
-                    self.progress = replace(self.progress, seconds=earlier + time.monotonic() - started)
+                    seconds = time.monotonic() - started
+                    self.progress = replace(self.progress, seconds=earlier + seconds)
                     self._report(log, bar, task)
-                    if self.progress.step < self.config.schedule.steps:
-                        if stop.is_set():
-                            return "signal"
-                        if time.monotonic() - started > limit:
-                            return "time limit"
-                return "finished"
+                    # Signals and clocks reach one rank before another; all stop after the same step.
+                    reason = self.ranks.largest(_SIGNAL if stop.is_set() else _TIME_LIMIT if seconds > limit else 0)
+                    if reason and self.progress.step < self.config.schedule.steps:
+                        return _REASONS[reason]
+                return _REASONS[0]
         finally:
             prefetcher.close()
 
-    def _introduce(self, log: RunLog) -> None:
+    def _introduce(self, log: RunLog | SilentLog) -> None:
         settings = self.config.as_dict()
         if self.progress.step:
             log.note("resume", {"from_step": self.progress.step, "settings": settings})
@@ -171,7 +201,7 @@ class _Run:
         groups = {
             group.name: {
                 "weight_decay": decay if group.decayed else 0.0,
-                "parameters": sum(slots[name].master.numel() for name in group.parameters),
+                "parameters": sum(slots[name].size for name in group.parameters),
                 "names": group.parameters,
             }
             for group in self.optimizer.groups
@@ -179,16 +209,17 @@ class _Run:
         log.note("parameter_groups", groups)
 
     def _step(self, batches: list[PackedBatch]) -> None:
-        """One optimiser step over an accumulation window."""
+        """One optimiser step over an accumulation window, of which each rank computes every `count`-th batch."""
         counts = zip(*(batch.target_counts(self.mtp_steps) for batch in batches), strict=True)
         window = Window(targets=tuple(map(sum, counts)), tokens=sum(b.token_ids.numel() for b in batches))
         buffer = LoadBuffer()
+        mine = batches[self.ranks.rank :: self.ranks.count]
         if self.config.loss.balance_count_first:
-            for batch in batches:
-                count_load(self.model, *batch.to(self.device), buffer)
+            for batch in mine:
+                count_load(self.model, *batch.to(self.ranks.device), buffer)
             buffer.preset = True
-        for batch in batches:
-            inputs, targets = batch.to(self.device)
+        for batch in mine:
+            inputs, targets = batch.to(self.ranks.device)
             loss = batch_loss(self.model, inputs, targets, window, buffer, self.weights)
             loss.total.backward()
             self.optimizer.accumulate()
@@ -202,50 +233,70 @@ class _Run:
             cursor=batches[-1].after,
         )
 
-    def _report(self, log: RunLog, bar: Progress, task: TaskID) -> None:
+    def _report(self, log: RunLog | SilentLog, bar: Progress, task: TaskID) -> None:
         run, step = self.config.run, self.progress.step
         is_last = step == self.config.schedule.steps
         bar.update(task, completed=step)
         if step % run.log_every == 0 or is_last:
             self._refuse_divergence()
             row = self.meter.read()
-            log.row(
-                step, {"tokens": self.progress.tokens, **row, "max_norm_weight": self.optimizer.largest_norm_weight()}
-            )
+            self._log(log, {**row, "max_norm_weight": self.optimizer.largest_norm_weight()})
             bar.update(task, figures=f"loss {row['loss/lm']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
         if (run.validate_every and step % run.validate_every == 0) or is_last:
             self._validate(log)
         if run.checkpoint_every and step % run.checkpoint_every == 0:
             self._checkpoint()
 
+    def _log(self, log: RunLog | SilentLog, figures: Row) -> None:
+        self.ranks.together(lambda: log.row(self.progress.step, {"tokens": self.progress.tokens, **figures}))
+
     def _finish(self) -> None:
         """Save what there is and export it; nothing new where the run was finished before."""
         self._checkpoint()
-        with ckpt.storage_errors(self.output / "model"):
-            self._export(self.output / "model")
+        self._on_first(self._export_result)
         if self.progress.step:
-            plot_losses(self.output)
+            self._plot()
 
-    def _validate(self, log: RunLog) -> None:
-        results: dict[str, float] = {"tokens": self.progress.tokens}
+    def _plot(self) -> None:
+        self.ranks.together(lambda: plot_losses(self.output) if self.ranks.is_first else None)
+
+    def _validate(self, log: RunLog | SilentLog) -> None:
+        results: dict[str, float] = {}
         for name, documents in self.validation.items():
-            results |= {f"validation/{name}/{k}": v for k, v in validate(self.model, documents, self.device).items()}
+            results |= {f"validation/{name}/{k}": v for k, v in validate(self.model, documents, self.ranks).items()}
         if self.validation:
-            log.row(self.progress.step, results)
-            plot_losses(self.output)
+            self._log(log, results)
+            self._plot()
         self.meter.restart_clock()
 
     def _checkpoint(self) -> None:
         self._refuse_divergence()
-        tensors = self.optimizer.state() | self.meter.state() | ckpt.generator_states(self.device)
-        ckpt.save_checkpoint(
-            self.checkpoints, self.progress, self.identity, tensors, self._export, self.config.run.keep
-        )
+        self._on_first(self._save)
         self.meter.restart_clock()
 
-    def _export(self, directory: Path) -> None:
+    def _on_first(self, work: Callable[[Mapping[str, Tensor]], None]) -> None:
+        """Let the first rank work with all tensors of a checkpoint, while the others hand it what they hold."""
+        tensors = self.optimizer.state() | self.meter.state() | ckpt.generator_states(self.ranks.device)
+        whole = WholeTensors(self.ranks, tensors, self.optimizer.cuts())
+        self.ranks.together(lambda: whole.given_to(work))
+
+    def _save(self, tensors: Mapping[str, Tensor]) -> None:
+        ckpt.save_checkpoint(
+            self.checkpoints,
+            self.progress,
+            self.identity,
+            tensors,
+            lambda directory: self._export(directory, tensors),
+            self.config.run.keep,
+        )
+
+    def _export_result(self, tensors: Mapping[str, Tensor]) -> None:
+        with ckpt.storage_errors(self.output / "model"):
+            self._export(self.output / "model", tensors)
+
+    def _export(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
         """The model in the published layout, every tensor in bf16, with its tokenizer where that is known."""
-        self.model.save_pretrained(directory, dtype=torch.bfloat16)
+        self.shapes.save_pretrained(directory, dtype=torch.bfloat16, fetch=lambda name: tensors[f"master.{name}"])
         if self.tokenizer:
             copy_tokenizer(self.tokenizer, directory)
 
@@ -257,16 +308,6 @@ class _Run:
                 f"checkpoint in {self.checkpoints} is good: begin a new run with the `model` directory in it as "
                 "model.path and a smaller optimizer.lr or optimizer.clip, and look for broken rows in the data."
             )
-
-
-def _device(name: str) -> torch.device:
-    count = torch.cuda.device_count()
-    if name == "auto":
-        return torch.device("cuda" if count else "cpu")
-    index = int(re.sub(r"\D", "", name) or 0)
-    if name != "cpu" and index >= count:
-        raise ConfigError(f"run.device={name!r}, but {count} CUDA devices are available; use 'cpu' or 'auto'.")
-    return torch.device(name)
 
 
 def _model(config: TrainConfig, saved: ckpt.Saved | None) -> Qwen3NextForCausalLM:
@@ -283,6 +324,14 @@ def _model(config: TrainConfig, saved: ckpt.Saved | None) -> Qwen3NextForCausalL
     if config.run.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train()
+
+
+def _without_values(model: Qwen3NextForCausalLM) -> Qwen3NextForCausalLM:
+    """The same model on the meta device: what it is saved as, with the values of the master weights."""
+    with torch.device("meta"):
+        shapes = Qwen3NextForCausalLM(model.config)
+    shapes.generation_config = model.generation_config
+    return shapes
 
 
 def _refuse_steps_done(done: int, config: TrainConfig) -> None:
@@ -329,7 +378,7 @@ def _stop_signals() -> Generator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _progress_bar() -> Progress:
+def _progress_bar(is_shown: bool) -> Progress:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -338,4 +387,4 @@ def _progress_bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    return Progress(*columns, refresh_per_second=2)
+    return Progress(*columns, refresh_per_second=2, disable=not is_shown)
