@@ -5,6 +5,13 @@
 Greedy, fp32, the same prompts for both, padded to one length on transformers' side as it asks for. Each is run once to
 warm up and then in turns; the median counts. Where the two do not write the same tokens no speed is printed. The
 prompts are held-out text that both read in one call, and their reading is part of the time.
+
+    python -m benchmarks.serve --device cuda [--layers 48] [--quantization fp8] [--rows prefill decode ...]
+                               [--minutes M] [--json FILE]
+
+On a GPU the engine is measured at the published shapes of 80B, with random weights, beside the floors of its own
+calls; what fewer layers take is scaled to 48, and says so. Contexts of decoding are random keys that nobody read.
+Nothing is timed where a text in a batch is another than alone.
 """
 
 import argparse
@@ -12,8 +19,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+from benchmarks.serving.main import NAMES, run
+from benchmarks.serving.rows import Sizes
+from benchmarks.serving.setting import LAYERS
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -40,7 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="on a GPU; 24 fit 80 GB in fp8")
+    parser.add_argument("--quantization", choices=("fp8", "none"), default="fp8", help="on a GPU")
+    parser.add_argument("--dtype", default="bfloat16", help="on a GPU")
+    parser.add_argument("--rows", nargs="+", choices=NAMES, default=list(NAMES), help="on a GPU")
+    parser.add_argument("--minutes", type=float, default=10.0, help="on a GPU: begin no further row after so many")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="on a GPU: also write every figure there")
     options = parser.parse_args(arguments)
+    if options.device.startswith("cuda"):
+        return run(options, {}, Sizes())
     out = Console(highlight=False, markup=False)
     llm = LLM(dtype="float32", device=options.device, config=EngineConfig(max_sequences=max(options.streams)))
     peer = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32).to(options.device).eval()
@@ -84,9 +103,9 @@ def in_turns(runs: Sequence[Callable[[], object]]) -> list[float]:
     """The median seconds of each."""
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(ROUNDS):
-        for run, own in zip(runs, times, strict=True):
+        for call, own in zip(runs, times, strict=True):
             begin = time.perf_counter()
-            run()
+            call()
             own.append(time.perf_counter() - begin)
     return [statistics.median(own) for own in times]
 
