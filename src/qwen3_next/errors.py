@@ -8,7 +8,8 @@
     │   └── CapacityError             a request, or a scheduler, that the engine's memory can never hold
     ├── BackendError     RuntimeError the requested kernels or device cannot run here
     ├── EngineError      RuntimeError the engine failed or is closed, through no fault of the request
-    │   └── OverloadedError           too many requests wait already; try again later
+    │   ├── OverloadedError           too many requests wait already; try again later
+    │   └── RankError                 another process that holds a part of the model failed, ended or is silent
     └── TrainingError    RuntimeError a training run cannot start or go on
         ├── DataError                 the training data is missing, empty or malformed
         ├── DivergedError             the loss or the gradients stopped being finite
@@ -29,6 +30,7 @@ __all__ = [
     "InputError",
     "OverloadedError",
     "Qwen3NextError",
+    "RankError",
     "StorageError",
     "TrainingError",
 ]
@@ -67,6 +69,10 @@ class EngineError(Qwen3NextError, RuntimeError):
 
 class OverloadedError(EngineError):
     """As many requests wait as the engine lets wait; none of them is affected, and this one was not begun."""
+
+
+class RankError(EngineError):
+    """Another process that holds a part of the model failed, ended or does not answer; restart all of them."""
 
 
 class TrainingError(Qwen3NextError, RuntimeError):
