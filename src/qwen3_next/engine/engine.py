@@ -2,15 +2,15 @@
 
 import secrets
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
-from qwen3_next.engine.config import Division, EngineConfig
+from qwen3_next.engine.config import Division, EngineConfig, free_bytes
 from qwen3_next.engine.draft_policy import DraftPolicy
 from qwen3_next.engine.grammar import GrammarCompiler, GrammarState
 from qwen3_next.engine.loading import LoadedModel
@@ -67,8 +67,19 @@ class Engine:
         drafts: how many tokens the MTP layer proposes; `drafts.figures` is what became of them.
     """
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig | None = None,
+        *,
+        agree: Callable[[Tensor], Tensor] = lambda tokens: tokens,
+        least: Callable[[int], int] = lambda number: number,
+    ) -> None:
         """Allocate the memory.
+
+        Args:
+            agree: makes tokens on the device those of all ranks, where several serve one model.
+            least: of the bytes that are free on each of them.
 
         Raises:
             CapacityError: it does not hold one sequence.
@@ -76,9 +87,12 @@ class Engine:
         """
         self.loaded = loaded
         model = loaded.model
-        self.division: Division = (config or EngineConfig()).divided(
-            loaded.config, model.lm_head.weight.dtype, loaded.device, model.mtp is not None
+        limits = config or EngineConfig()
+        room = least(free_bytes(loaded.device)) if limits.memory_bytes is None else limits.memory_bytes
+        self.division: Division = replace(limits, memory_bytes=room).divided(
+            model.config, model.lm_head.weight.dtype, loaded.device, model.mtp is not None
         )
+        self._agree = agree
         memory = Memory(self.division.pages, self.division.slots, PAGE)
         self.scheduler = Scheduler(self.division.scheduler(loaded.eos_ids), memory)
         self._streams: dict[str, _Stream] = {}
@@ -86,22 +100,27 @@ class Engine:
         self.runner = Runner(model, self.division, self._known)
         self._grammars = GrammarCompiler(loaded.tokenizer, self._known, loaded.eos_ids)
         self.drafts = DraftPolicy(self.division.drafts, is_fixed=self.division.limits.drafts != "auto")
-        chosen = partial(choose, known=self._known, ends=loaded.eos_ids)
+        chosen = partial(choose, known=self._known, ends=loaded.eos_ids, agree=agree)
         self.drafter = Drafter.allocate(model, self.division, chosen) if self.division.drafts else None
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, seed: int | None = None) -> None:
         """Queue a request.
+
+        Args:
+            seed: of its random numbers, where another engine has chosen it.
 
         Raises:
             InputError: its id is in use, its tokens are not the model's, or its grammar is wrong.
             CapacityError: its prompt leaves no room for a token.
         """
         self._require_known_tokens(request)
-        seed, structured = request.params.seed, request.params.structured
+        given, structured = request.params.seed, request.params.structured
+        if seed is None:
+            seed = secrets.randbits(64) if given is None else given + (request.sample << 48)
         grammar = None if structured is None else self._grammars.matcher(structured)
         self.scheduler.add(request)
         self._streams[request.request_id] = _Stream(
-            seed=secrets.randbits(64) if seed is None else seed + (request.sample << 48),
+            seed=seed,
             characters=Characters(self.loaded.tokenizer),
             stops=StopStrings(request.params.stop),
             grammar=grammar,
@@ -133,7 +152,11 @@ class Engine:
         """
         queues = self.scheduler.figures
         expected = min(queues.running + queues.waiting, self.scheduler.config.max_sequences)
-        plan = self.scheduler.plan(self.drafts.choose(expected))
+        return self.advance(self.drafts.choose(expected))
+
+    def advance(self, drafts: int) -> list[Output]:
+        """A step with so many drafts of each sequence; raises as `step` does."""
+        plan = self.scheduler.plan(drafts)
         start = time.perf_counter()
         try:
             results = self._computed(plan) if len(plan) else []
@@ -173,7 +196,7 @@ class Engine:
             masks = zip_longest(self._masks(stream, drafts), range(sequence.drafts + 1))
             draws.append([Draw(request, stream.seed, mask, drafts[:count]) for mask, count in masks])
         flat = [one for rows in draws for one in rows]
-        drawn = iter(draw(computed.logits, flat, self._known, self.loaded.eos_ids))
+        drawn = iter(draw(computed.logits, flat, self._known, self.loaded.eos_ids, self._agree))
         return {
             rows[0].request.request_id: Verdict(rows[0], verify([next(drawn) for _ in rows], rows[-1].ahead))
             for rows in draws

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,23 +59,36 @@ class Drawn:
 
 
 @torch.no_grad()
-def draw(logits: Float[Tensor, "R V"], draws: Sequence[Draw], known: int, ends: frozenset[int]) -> list[Drawn]:
+def draw(
+    logits: Float[Tensor, "R V"],
+    draws: Sequence[Draw],
+    known: int,
+    ends: frozenset[int],
+    agree: Callable[[Tensor], Tensor] = lambda tokens: tokens,
+) -> list[Drawn]:
     """One token for each row; a row's token depends on nothing but that row and its `Draw`.
 
     Args:
         known: ids from here on only fill up the head, and never come.
         ends: the model's own end tokens, which do not come before a request's `min_tokens`.
+        agree: makes the tokens, on the device, those of all ranks.
     """
     if not draws:
         return []
     raw = logits[:, :known].float()
-    return _reported(raw, _chosen(raw, draws, ends), draws)
+    return _reported(raw, _chosen(raw, draws, ends, agree), draws)
 
 
 @torch.no_grad()
-def choose(logits: Float[Tensor, "R V"], draws: Sequence[Draw], known: int, ends: frozenset[int]) -> list[int | None]:
+def choose(
+    logits: Float[Tensor, "R V"],
+    draws: Sequence[Draw],
+    known: int,
+    ends: frozenset[int],
+    agree: Callable[[Tensor], Tensor] = lambda tokens: tokens,
+) -> list[int | None]:
     """The tokens of `draw` alone."""
-    return _chosen(logits[:, :known].float(), draws, ends)
+    return _chosen(logits[:, :known].float(), draws, ends, agree)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -93,7 +106,9 @@ def _mixed(word: int) -> int:
     return word ^ (word >> 31)
 
 
-def _chosen(raw: Float[Tensor, "R V"], draws: Sequence[Draw], ends: frozenset[int]) -> list[int | None]:
+def _chosen(
+    raw: Float[Tensor, "R V"], draws: Sequence[Draw], ends: frozenset[int], agree: Callable[[Tensor], Tensor]
+) -> list[int | None]:
     """The token of each row; None where the logits are not finite."""
     is_sound = raw.isfinite().all(dim=1)
     adjusted = _adjusted(raw, draws, ends)
@@ -102,7 +117,7 @@ def _chosen(raw: Float[Tensor, "R V"], draws: Sequence[Draw], ends: frozenset[in
     if rows:
         index = torch.tensor(rows, device=raw.device)
         chosen[index] = _drawn(adjusted[index], [draws[row] for row in rows])
-    tokens: list[int] = chosen.where(is_sound, -1).tolist()
+    tokens: list[int] = agree(chosen.where(is_sound, -1)).tolist()
     return [None if token < 0 else token for token in tokens]
 
 
