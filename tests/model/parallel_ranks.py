@@ -15,8 +15,11 @@ import torch.distributed as dist
 SECONDS = 120
 
 
-def run_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What a function of a module returns on each of some ranks; every exception is a string, and fails the test."""
+def run_ranks(count: int, function: Callable[..., Any], *arguments: Any, may_die: bool = False) -> list[Any]:
+    """What a function of a module returns on each of some ranks; every exception is a string, and fails the test.
+
+    With `may_die` it is None of a rank that was killed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -31,7 +34,11 @@ def run_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list
     results = []
     for end in ends:
         assert end.poll(SECONDS), "a rank did not end"
-        results.append(end.recv())
+        try:
+            results.append(end.recv())
+        except EOFError:
+            assert may_die, "a rank ended without a word"
+            results.append((True, None))
     for process in processes:
         process.join(SECONDS)
     failed = [result for is_fine, result in results if not is_fine]
