@@ -19,11 +19,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LINES_OF_CODE = {
     "ops": 2000,
-    "model": 2700,
-    "engine": 3200,
+    "model": 2850,
+    "engine": 3250,
     "train": 1800,
     "server": 1200,
-    "cli": 800,
+    "cli": 825,
     "config": 650,
     "__init__": 80,
     "__main__": 10,

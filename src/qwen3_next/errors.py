@@ -9,11 +9,12 @@
     ├── BackendError     RuntimeError the requested kernels or device cannot run here
     ├── EngineError      RuntimeError the engine failed or is closed, through no fault of the request
     │   ├── DeadlineError             a request was not done in the time that it had
-    │   └── OverloadedError           too many requests wait already; try again later
+    │   ├── OverloadedError           too many requests wait already; try again later
+    │   └── RankError                 another process of the same engine or run failed, ended or is silent
     └── TrainingError    RuntimeError a training run cannot start or go on
         ├── DataError                 the training data is missing, empty or malformed
         ├── DivergedError             the loss or the gradients stopped being finite
-        ├── RankError                 another process of the same run failed or is gone
+        ├── RankError                 the same
         └── StorageError              a checkpoint or a log could not be written
 
 Every message says what was wrong, what is allowed, and what to do about it. Each class also derives from
@@ -89,8 +90,8 @@ class DivergedError(TrainingError):
     """The loss or the gradients stopped being finite."""
 
 
-class RankError(TrainingError):
-    """Another process of the same training run failed or is gone; its own message says why."""
+class RankError(EngineError, TrainingError):
+    """Another process that serves or trains the same model failed, ended or does not answer; restart all of them."""
 
 
 class StorageError(TrainingError):

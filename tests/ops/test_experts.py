@@ -77,6 +77,18 @@ def test_the_shared_expert_is_one_more_that_every_token_uses_with_its_own_share(
     assert relative_error(result, expected) < 1e-6
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("tokens", [1, 40, 300])
+def test_experts_that_are_not_here_add_nothing(tokens: int, grad: bool) -> None:
+    x, gate_up, down, weights, experts = random_inputs(tokens)
+    with torch.set_grad_enabled(grad):
+        parts = [
+            swiglu_experts(x, gate_up[first:end], down[first:end], weights, experts - first)
+            for first, end in ((0, 1), (1, 4), (4, EXPERTS))
+        ]
+    assert relative_error(sum(parts[1:], parts[0]), token_loop(x, gate_up, down, weights, experts)) < 1e-6
+
+
 @pytest.mark.parametrize("tokens", [3, 200])
 def test_fp8_experts_are_linear_layers_with_their_scales(tokens: int) -> None:
     x, _, _, weights, experts = random_inputs(tokens)

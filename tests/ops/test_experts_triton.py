@@ -153,6 +153,36 @@ def test_all_tokens_may_choose_one_expert_and_the_others_get_gradients_of_zeros(
         assert grad[[0, 1, 2, 3, 5]].abs().sum() == 0
 
 
+@pytest.mark.parametrize("in_blocks", [False, True])
+@pytest.mark.parametrize(("shape", "shared"), [(shape, i % 2 == 0) for i, shape in enumerate(SHAPES)])
+def test_experts_that_are_not_here_are_never_read(shape: Shape, shared: bool, in_blocks: bool, fresh_seed: int) -> None:
+    """Numbers before and behind those of the weights: the rank of an expert-parallel group has some experts alone."""
+    torch.manual_seed(fresh_seed)
+    inputs = random_inputs(shape, torch.float32, shared)
+    if in_blocks:
+        with use("reference"):
+            inputs = in_fp8(inputs)
+    shifted = inputs._replace(experts=2 * inputs.experts - shape.experts // 2)
+    kind = torch.float8_e4m3fn if in_blocks else torch.float32
+    with torch.no_grad(), poisoned():
+        result = run("triton", shifted)
+    with torch.no_grad():
+        assert relative_error(result, run("reference", shifted)) <= tolerance("swiglu_experts", kind)[0]
+
+
+def test_gradients_pass_by_experts_that_are_not_here() -> None:
+    inputs = random_inputs(Shape(40, 3, 9, 32, 24), torch.float32)
+
+    def gradients(backend: str) -> tuple[Tensor, ...]:
+        leaves = [x.detach().clone().requires_grad_() for x in inputs[:4]]
+        return torch.autograd.grad(run(backend, Inputs(*leaves, 2 * inputs.experts - 4)).sum(), leaves)
+
+    with poisoned():
+        found = gradients("triton")
+    for ours, theirs in zip(found, gradients("reference"), strict=True):
+        assert relative_error(ours, theirs) <= tolerance("swiglu_experts", torch.float32)[1]
+
+
 def test_no_tokens_give_no_rows() -> None:
     inputs = random_inputs(Shape(0, 2, 4, 16, 8), torch.float32)
     assert run("triton", inputs).shape == (0, 16)

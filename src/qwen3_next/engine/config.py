@@ -84,7 +84,7 @@ class EngineConfig:
         """
         drafts = self.most_drafts(has_mtp)
         page_bytes, slot_bytes = sizes(config, dtype, drafts)
-        room = _free_bytes(device) if self.memory_bytes is None else self.memory_bytes
+        room = free_bytes(device) if self.memory_bytes is None else self.memory_bytes
         # A slot for each sequence and one for a state that others can go on from; one is reserved.
         slots = min(2 * self.max_sequences + 1, int(room * SHARE_OF_SLOTS) // max(slot_bytes, 1))
         longest = config.context_length() if self.max_context is None else self.max_context
@@ -170,7 +170,8 @@ def pending_of(drafts: int) -> int:
     return 1 + drafts if drafts else 0
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """What pages and slots take by default."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_DEVICE)
     return int(ram_bytes() * SHARE_OF_RAM)

@@ -2,8 +2,8 @@
 
 import secrets
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
 from typing import NoReturn
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen3_next.engine.batch import integers
-from qwen3_next.engine.config import Division, EngineConfig
+from qwen3_next.engine.config import Division, EngineConfig, free_bytes
 from qwen3_next.engine.draft_policy import DraftPolicy
 from qwen3_next.engine.grammar import GrammarCompiler, GrammarState
 from qwen3_next.engine.loading import LoadedModel
@@ -106,8 +106,19 @@ class Engine:
         drafts: how many tokens the MTP layer proposes; `drafts.figures` is what became of them.
     """
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig | None = None,
+        *,
+        agree: Callable[[Tensor], Tensor] = lambda tokens: tokens,
+        least: Callable[[int], int] = lambda number: number,
+    ) -> None:
         """Allocate the memory.
+
+        Args:
+            agree: makes tokens on the device those of all ranks, where several serve one model.
+            least: of the bytes that are free on each of them.
 
         Raises:
             CapacityError: it does not hold one sequence.
@@ -115,9 +126,12 @@ class Engine:
         """
         self.loaded = loaded
         model = loaded.model
-        self.division: Division = (config or EngineConfig()).divided(
-            loaded.config, model.lm_head.weight.dtype, loaded.device, model.mtp is not None
+        limits = config or EngineConfig()
+        room = least(free_bytes(loaded.device)) if limits.memory_bytes is None else limits.memory_bytes
+        self.division: Division = replace(limits, memory_bytes=room).divided(
+            model.config, model.lm_head.weight.dtype, loaded.device, model.mtp is not None
         )
+        self._agree = agree
         memory = Memory(self.division.pages, self.division.slots, PAGE)
         self.scheduler = Scheduler(self.division.scheduler(loaded.eos_ids), memory)
         self._streams: dict[str, _Stream] = {}
@@ -125,7 +139,7 @@ class Engine:
         self.runner = Runner(model, self.division, self._known)
         self._grammars = GrammarCompiler(loaded.tokenizer, self._known, loaded.eos_ids)
         self.drafts = DraftPolicy(self.division.drafts, is_fixed=self.division.limits.drafts != "auto")
-        chosen = partial(choose, known=self._known, ends=loaded.eos_ids)
+        chosen = partial(choose, known=self._known, ends=loaded.eos_ids, agree=agree)
         self.drafter = Drafter.allocate(model, self.division, chosen) if self.division.drafts else None
         self._flight: _Flight | None = None
         self._busy_since: float | None = None
@@ -138,23 +152,26 @@ class Engine:
         """
         return self._grammars.matcher(structured)
 
-    def add(self, request: Request, grammar: GrammarState | None = None) -> None:
+    def add(self, request: Request, grammar: GrammarState | None = None, *, seed: int | None = None) -> None:
         """Queue a request.
 
         Args:
             grammar: of `request.params.structured` where that is compiled already.
+            seed: of its random numbers, where another engine has chosen it.
 
         Raises:
             InputError: its id is in use, its tokens are not the model's, or its grammar is wrong.
             CapacityError: its prompt leaves no room for a token.
         """
         self._require_known_tokens(request)
-        seed, structured = request.params.seed, request.params.structured
+        given, structured = request.params.seed, request.params.structured
+        if seed is None:
+            seed = secrets.randbits(64) if given is None else given + (request.sample << 48)
         if structured is not None:
             grammar = self.compiled(structured) if grammar is None else grammar.copy()
         self.scheduler.add(request)
         self._streams[request.request_id] = _Stream(
-            seed=secrets.randbits(64) if seed is None else seed + (request.sample << 48),
+            seed=seed,
             characters=Characters(self.loaded.tokenizer),
             stops=StopStrings(request.params.stop),
             grammar=grammar,
@@ -188,11 +205,17 @@ class Engine:
             BackendError: the device has not enough memory for a call with a single sequence. The engine goes on: the
                 requests of the call start again from the prefix cache with the next step.
         """
+        queues = self.scheduler.figures
+        expected = min(queues.running + queues.waiting, self.scheduler.config.max_sequences)
+        return self.advance(self.drafts.choose(expected))
+
+    def advance(self, drafts: int) -> list[Output]:
+        """A step, which asks the calls that it begins for so many drafts of each sequence; raises as `step` does."""
         flight, self._flight = self._flight, None
         if flight is None:
-            flight = self._begun(None)
+            flight = self._begun(drafts)
             self._choose(flight)
-        following = self._begun_ahead(flight)
+        following = self._begun_ahead(drafts, flight)
         try:
             results = self._results(flight)
         except torch.OutOfMemoryError as error:
@@ -207,23 +230,22 @@ class Engine:
             self._flight = self._chosen_ahead(following)
         return [self._output(state) for state in states]
 
-    def _begun(self, earlier: _Flight | None) -> _Flight:
+    def _begun(self, drafts: int, earlier: _Flight | None = None) -> _Flight:
         """Plan a call and begin it behind `earlier`, which was not committed yet."""
-        begun, queues = time.perf_counter(), self.scheduler.figures
-        expected = min(queues.running + queues.waiting, self.scheduler.config.max_sequences)
-        plan = self.scheduler.plan(self.drafts.choose(expected))
+        begun = time.perf_counter()
+        plan = self.scheduler.plan(drafts)
         try:
             computed = self.runner.run(plan, earlier.choice if earlier else None) if len(plan) else None
         except torch.OutOfMemoryError as error:
             self._take_back(plan, error)
         return _Flight(plan, computed, begun)
 
-    def _begun_ahead(self, flight: _Flight) -> _Flight | None:
+    def _begun_ahead(self, drafts: int, flight: _Flight) -> _Flight | None:
         """The call behind one that is computed, where it can be begun; what it lacks is tried again after that one."""
         if not self.division.limits.plan_ahead or flight.plan.has_drafts or not len(flight.plan):
             return None
         try:
-            following = self._begun(flight)
+            following = self._begun(drafts, flight)
         except BackendError:  # alone it may fit; if not, it is then that it fails
             return None
         if len(following.plan):
@@ -268,7 +290,7 @@ class Engine:
             logits = logits[integers(rows, logits.device).long()]
         try:
             flat = [one for own in flight.draws for one in own]
-            flight.choice = draw(logits, flat, self._known, self.loaded.eos_ids)
+            flight.choice = draw(logits, flat, self._known, self.loaded.eos_ids, self._agree)
         except torch.OutOfMemoryError as error:
             self._take_back(flight.plan, error)
 

@@ -159,6 +159,8 @@ class LLM:
         quantization: Quantization = "auto",
         random_weights: bool = False,
         config: EngineConfig | None = None,
+        tp: int = 1,
+        ep: int = 1,
     ) -> None:
         """Load a model.
 
@@ -169,6 +171,7 @@ class LLM:
             quantization: "auto" keeps the weights of a block-fp8 checkpoint so; "fp8" quantises others likewise, as
                 the published fp8 checkpoints do, while they are read; "none" dequantises.
             random_weights: draw them where the model has only a config.json; see `load_model`.
+            tp, ep: over how many processes heads and experts are cut, see `engine_of_ranks`.
 
         Raises:
             InputError: an unknown dtype, device or quantisation.
@@ -176,15 +179,20 @@ class LLM:
             BackendError, CapacityError: the device is not there, or its memory is too small.
         """
         directory = find_model(model, weights=not random_weights)
-        loaded = load_model(
+        load = functools.partial(
+            load_model,
             directory,
             dtype,
-            device,
             quantization=quantization,
             random_weights=random_weights,
             mtp=(config or EngineConfig()).drafts != 0,
         )
-        self.engine = Engine(loaded, config)
+        if tp == ep == 1:
+            self.engine = Engine(load(device), config)
+        else:
+            from qwen3_next.engine.parallel import engine_of_ranks  # torch.distributed takes its time
+
+            self.engine = engine_of_ranks(load, directory, tp, ep, device, config)
         self._numbers = itertools.count()
         self._growing: dict[str, Growing] = {}
 

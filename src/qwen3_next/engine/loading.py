@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from qwen3_next.config import Qwen3NextConfig
-    from qwen3_next.model.bare import BareCausalLM
+    from qwen3_next.model.bare import BareCausalLM, Shard
     from qwen3_next.model.quantize import Quantization
 
 SHIPPED = Path(__file__).parent.parent / "assets"
@@ -123,6 +123,7 @@ def load_model(
     random_weights: bool = False,
     mtp: bool = False,
     progress: bool = True,
+    shard: "Shard | None" = None,
 ) -> LoadedModel:
     """Load model and tokenizer onto one device.
 
@@ -132,6 +133,7 @@ def load_model(
             "auto" is what its quantization_config says, and where there is no tokenizer, that of the model in the
             package is taken, with its chat template.
         mtp: load the layer that drafts too, if the checkpoint has one.
+        shard: leaves of the model what one of several ranks holds.
         progress: show a bar, on the standard error, while more than a few seconds' worth is read.
 
     Raises:
@@ -156,11 +158,15 @@ def load_model(
     try:
         if random_weights:
             chosen: Quantization = "fp8" if fp8 else "none"
-            model = BareCausalLM.with_random_values(config, dtype, device, quantization=chosen, mtp=mtp)
+            model = BareCausalLM.with_random_values(config, dtype, device, quantization=chosen, mtp=mtp, shard=shard)
         else:
             with _bar(progress) as on_progress:
                 model = BareCausalLM.from_directory(
-                    directory, config, dtype, device, quantization=quantization, mtp=mtp, on_progress=on_progress
+                    *(directory, config, dtype, device),
+                    quantization=quantization,
+                    mtp=mtp,
+                    on_progress=on_progress,
+                    shard=shard,
                 )
     except (torch.OutOfMemoryError, MemoryError) as error:
         size = config.weight_bytes("fp8" if fp8 else dtype) / 2**30

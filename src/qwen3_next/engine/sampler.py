@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -118,21 +118,34 @@ class Choice:
 
 
 @torch.no_grad()
-def draw(logits: Float[Tensor, "R V"], draws: Sequence[Draw], known: int, ends: frozenset[int]) -> Choice:
+def draw(
+    logits: Float[Tensor, "R V"],
+    draws: Sequence[Draw],
+    known: int,
+    ends: frozenset[int],
+    agree: Callable[[Tensor], Tensor] = lambda tokens: tokens,
+) -> Choice:
     """One token for each row; a row's token depends on nothing but that row and its `Draw`.
 
     Args:
         known: ids from here on only fill up the head, and never come.
         ends: the model's own end tokens, which do not come before a request's `min_tokens`.
+        agree: makes the tokens, on the device, those of all ranks.
     """
     raw = logits[:, :known].float()
-    return Choice.of(draws, _chosen(raw, draws, ends), raw)
+    return Choice.of(draws, _chosen(raw, draws, ends, agree), raw)
 
 
 @torch.no_grad()
-def choose(logits: Float[Tensor, "R V"], draws: Sequence[Draw], known: int, ends: frozenset[int]) -> list[int | None]:
+def choose(
+    logits: Float[Tensor, "R V"],
+    draws: Sequence[Draw],
+    known: int,
+    ends: frozenset[int],
+    agree: Callable[[Tensor], Tensor] = lambda tokens: tokens,
+) -> list[int | None]:
     """The tokens of `draw` alone."""
-    tokens: list[int] = _chosen(logits[:, :known].float(), draws, ends).tolist()
+    tokens: list[int] = _chosen(logits[:, :known].float(), draws, ends, agree).tolist()
     return [None if token < 0 else token for token in tokens]
 
 
@@ -151,7 +164,9 @@ def _mixed(word: int) -> int:
     return word ^ (word >> 31)
 
 
-def _chosen(raw: Float[Tensor, "R V"], draws: Sequence[Draw], ends: frozenset[int]) -> Int[Tensor, "R"]:
+def _chosen(
+    raw: Float[Tensor, "R V"], draws: Sequence[Draw], ends: frozenset[int], agree: Callable[[Tensor], Tensor]
+) -> Int[Tensor, "R"]:
     """The token of each row; -1 where the logits are not finite."""
     is_sound = raw.isfinite().all(dim=1)
     adjusted = _adjusted(raw, draws, ends)
@@ -160,7 +175,7 @@ def _chosen(raw: Float[Tensor, "R V"], draws: Sequence[Draw], ends: frozenset[in
     if rows:
         index = _integers(rows, raw.device)
         chosen[index] = _drawn(adjusted[index], [draws[row] for row in rows])
-    return chosen.where(is_sound, -1)
+    return agree(chosen.where(is_sound, -1))
 
 
 def _adjusted(raw: Float[Tensor, "R V"], draws: Sequence[Draw], ends: frozenset[int]) -> Float[Tensor, "R V"]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qwen3_next.model.inputs import PackedInputs
     from qwen3_next.model.network import PackedOutput, Qwen3NextModel
     from qwen3_next.model.packed_cache import PackedCache, PackedMemory
+    from qwen3_next.model.parallel import parallelize_
     from qwen3_next.model.pretrained import Qwen3NextPreTrainedModel
     from qwen3_next.model.quantize import quantize_
 
@@ -29,6 +30,7 @@ _DEFINED_IN = {
     "PackedInputs": "inputs",
     "PackedOutput": "network",
     "Qwen3NextModel": "network",
+    "parallelize_": "parallel",
     "Qwen3NextPreTrainedModel": "pretrained",
     "quantize_": "quantize",
 }
@@ -47,6 +49,7 @@ __all__ = [
     "Qwen3NextForTokenClassification",
     "Qwen3NextModel",
     "Qwen3NextPreTrainedModel",
+    "parallelize_",
     "quantize_",
 ]
 

@@ -4,7 +4,7 @@ Importing `PreTrainedModel` and `generate` takes longer than reading a small mod
 command line needs neither: it runs the layers, whose parameters have the same names, from here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.model.cache import ModelCache
+from qwen3_next.model.cuts import Cut
 from qwen3_next.model.decoder import DecoderLayer
 from qwen3_next.model.inputs import PackedInputs
 from qwen3_next.model.layers import RMSNorm, RotaryEmbedding
 from qwen3_next.model.lazy_tensor import Filling, fill
 from qwen3_next.model.mtp import MultiTokenPredictor
+from qwen3_next.model.parallel_weights import cut_pieces
 from qwen3_next.model.quantize import Quantization, allocate_
 from qwen3_next.model.random_values import fill_randomly
 from qwen3_next.model.weights import Progress, compare, open_directory, refuse_untied_head
@@ -76,6 +78,7 @@ class BareCausalLM(nn.Module):
         quantization: Quantization = "auto",
         mtp: bool = False,
         on_progress: Progress | None = None,
+        shard: "Shard | None" = None,
     ) -> "BareCausalLM":
         """Load a local checkpoint of the published layout, straight into its place.
 
@@ -85,6 +88,7 @@ class BareCausalLM(nn.Module):
                 bf16 is quantised with them. "fp8" quantises all others as well while they are read, "none" dequantises.
             mtp: load the MTP layer too, if the checkpoint has one; else `mtp.*` stays in the files.
             on_progress: called with the bytes read so far and in all, now and then.
+            shard: takes its parts from the model while it has no values; nothing else is read then.
 
         Raises:
             CheckpointError: the files are missing, not whole, or do not hold exactly the model that `config` describes,
@@ -100,8 +104,10 @@ class BareCausalLM(nn.Module):
         if config.tie_word_embeddings:
             refuse_untied_head(checkpoint.parameters)
         fp8 = quantization == "fp8" or (quantization == "auto" and checkpoint.is_quantized)
+        cuts = {} if shard is None else shard(model, fp8 or checkpoint.is_quantized)
         places = allocate_(model, dtype, device, fp8=fp8)
-        fillings = [Filling(checkpoint.parameters[name].pieces, place) for name, place in places.items()]
+        pieces = {name: cut_pieces(checkpoint.parameters[name], cuts.get(name)) for name in places}
+        fillings = [Filling(pieces[name], place) for name, place in places.items()]
         fill(fillings, None if on_progress is None else _counter(fillings, on_progress))
         return model.eval()
 
@@ -115,25 +121,32 @@ class BareCausalLM(nn.Module):
         quantization: Quantization = "auto",
         mtp: bool = False,
         seed: int = 0,
+        shard: "Shard | None" = None,
     ) -> "BareCausalLM":
         """A model of the initialisation's values, drawn where they stay: the same for a seed, kind of device and dtype.
 
         Args:
             quantization: "fp8" quantises them while they are drawn; "auto" and "none" do not.
             mtp: make the MTP layer too, if `config` has one.
+            shard: as in `from_directory`; the values are those of the whole model.
 
         Raises:
             MemoryError, torch.OutOfMemoryError: the device has too little memory.
         """
         model = cls._on_meta(config, mtp and config.num_nextn_predict_layers > 0)
+        cuts = {} if shard is None else shard(model, quantization == "fp8")
         places = allocate_(model, dtype, device, fp8=quantization == "fp8")
-        fill_randomly(model, places, config.initializer_range, seed)
+        fill_randomly(model, places, config.initializer_range, seed, cuts)
         return model.eval()
 
     @classmethod
     def _on_meta(cls, config: Qwen3NextConfig, has_mtp: bool) -> "BareCausalLM":
         with torch.device("meta"):
             return cls(config, has_mtp)
+
+
+Shard = Callable[[BareCausalLM, bool], Mapping[str, Cut]]
+"""Leaves of a model only what one rank holds, given whether weights are block-fp8; says what that is."""
 
 
 def _counter(fillings: Sequence[Filling], on_progress: Progress) -> Callable[[int], None]:

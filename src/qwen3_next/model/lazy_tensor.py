@@ -27,11 +27,16 @@ _Open = Callable[[Path], BinaryIO]
 
 @dataclass(frozen=True)
 class Piece:
-    """One stored tensor, its block scales where it is fp8, and its place in the flattened tensor in memory."""
+    """One stored tensor, its block scales where it is fp8, and its place in the flattened tensor in memory.
+
+    Attributes:
+        columns: the only ones that are wanted of its last dimension, from a number to below another; None for all.
+    """
 
     weight: StoredTensor
     scale: StoredTensor | None = None
     offset: int = 0
+    columns: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -163,10 +168,14 @@ def _parts_of(piece: Piece, place: Place, open_file: _Open) -> Iterator[tuple[Te
     """Stored values, their scales where they are fp8, and where they belong, part by part."""
     weight, scale = piece.weight, piece.scale
     start, scale_start = weight.start, 0 if scale is None else scale.start
-    for part in place.at(piece.offset, prod(weight.shape)).parts():
+    first, end = (0, weight.shape[-1] if weight.shape else 1) if piece.columns is None else piece.columns
+    for part in place.at(piece.offset, prod(weight.shape[:-1]) * (end - first)).parts():
         on_gpu = part.weight.is_cuda
-        as_stored = not on_gpu and part.weight.dtype == weight.dtype
-        values = part.weight if as_stored else _staging(tuple(part.weight.shape), weight.dtype, on_gpu)
+        as_stored = not on_gpu and part.weight.dtype == weight.dtype and piece.columns is None
+        stored_shape = (
+            tuple(part.weight.shape) if piece.columns is None else (*part.weight.shape[:-1], weight.shape[-1])
+        )
+        values = part.weight if as_stored else _staging(stored_shape, weight.dtype, on_gpu)
         read_bytes(open_file(weight.file), start, values)
         start += values.nbytes
         scales = None
@@ -174,6 +183,9 @@ def _parts_of(piece: Piece, place: Place, open_file: _Open) -> Iterator[tuple[Te
             scales = _staging((-(-part.weight.shape[1] // FP8_BLOCK), scale.shape[1]), scale.dtype, on_gpu)
             read_bytes(open_file(scale.file), scale_start, scales)
             scale_start += scales.nbytes
+        if piece.columns is not None:
+            values = values[..., first:end].contiguous()
+            scales = None if scales is None else scales[:, first // FP8_BLOCK : -(-end // FP8_BLOCK)].contiguous()
         yield values, scales, part
 
 

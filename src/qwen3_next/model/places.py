@@ -40,8 +40,13 @@ class Place:
         return cls(matrices, None if scales is None else scales.view(len(matrices), *blocks), dtype)
 
     def at(self, offset: int, count: int) -> "Place":
-        """The matrices that hold `count` values from the one numbered `offset` on."""
-        each = max(1, prod(self.weight.shape[1:]))
+        """The matrices that hold `count` values from the one numbered `offset` on, or whole rows of one matrix."""
+        each, columns = max(1, prod(self.weight.shape[1:])), max(1, self.weight.shape[2])
+        if count % each:
+            matrix, first = offset // each, offset % each // columns
+            end = first + count // columns
+            blocks = slice(first // FP8_BLOCK, -(-end // FP8_BLOCK))
+            return self._cut(slice(matrix, matrix + 1), slice(first, end), blocks)
         chosen = slice(offset // each, (offset + count) // each)
         return replace(self, weight=self.weight[chosen], scales=None if self.scales is None else self.scales[chosen])
 

@@ -6,31 +6,42 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qwen3_next.model.cuts import Cut
 from qwen3_next.model.layers import GatedRMSNorm, ZeroCentredNorm
 from qwen3_next.model.moe import Router
+from qwen3_next.model.parallel_weights import put_cut, whole_place
 from qwen3_next.model.places import Place
 
 DECAY_RATES = (0.01, 16.0)
 """Between which a DeltaNet head's rate of decay is drawn, uniformly; kept off 0 so that its logarithm is finite."""
 
 
-def fill_randomly(model: nn.Module, places: Mapping[str, Place], std: float, seed: int) -> None:
+def fill_randomly(
+    model: nn.Module, places: Mapping[str, Place], std: float, seed: int, cuts: Mapping[str, Cut]
+) -> None:
     """Give every parameter of a model the values of the initialisation.
 
     Args:
         places: of all its parameters, by their names, see `allocate_`.
         std: of the weights.
         seed: the values are a function of it, of the kind of device, and of the order and shapes of the parameters.
+        cuts: of the parameters of which only a part is here. All of it is drawn, so that a model has the same values
+            however many ranks share it.
     """
     device = next(iter(places.values())).weight.device
     generator = torch.Generator(device).manual_seed(seed)
     for name, place in places.items():
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
-        for part in place.parts():
-            part.put(
-                _drawn(module, key, torch.empty(part.weight.shape, dtype=torch.float32, device=device), std, generator)
-            )
+        cut, row = cuts.get(name), 0
+        for part in (place if cut is None else whole_place(place, cut)).parts():
+            empty = torch.empty(part.weight.shape, dtype=torch.float32, device=device)
+            values = _drawn(module, key, empty, std, generator)
+            if cut is None:
+                part.put(values)
+            else:
+                put_cut(values, row, place, cut)
+                row += values[..., 0].numel()
 
 
 def rows_of_one_norm(rows: Float[Tensor, "*B D"], std: float) -> Float[Tensor, "*B D"]:

@@ -32,8 +32,9 @@ class ExpertOrder:
     """The choices of all tokens, sorted by expert; behind them one row per token for the shared expert, where wanted.
 
     Attributes:
-        tokens: `[P]` int32, the token of each sorted row; P = T K.
-        places: `[T, K]` int32, the sorted row of each choice.
+        tokens: `[P]` int32, the token of each sorted row; P = T K. Choices of experts that are not here, whose numbers
+            are outside 0..E-1, leave rows without a token at the end, which are in no tile.
+        places: `[T, K]` int32, the sorted row of each choice; -1 where its expert is not here.
         borders: `[E+1]` int32, the rows `borders[e]:borders[e+1]` are expert e's.
         tiles: `[3, G]` int32: expert, first row and end of the expert's rows, for each tile of `size` rows. The shared
             expert has the number E. Tiles without rows stand at the end.
@@ -88,15 +89,16 @@ def tile_of(p_tiles, tiles, i_tile):
 def _count_kernel(p_experts, p_counts, choices, count, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
     """How many choices of a block fell on each expert."""
     i_block, o_expert = tl.program_id(0), tl.arange(0, EXPERTS)
-    b_count = _histogram(p_experts, i_block, choices, BLOCK, EXPERTS)
+    b_count = _histogram(p_experts, i_block, choices, count, BLOCK, EXPERTS)
     tl.store(p_counts + i_block * count + o_expert, b_count, o_expert < count)
 
 
 @triton.jit
-def _histogram(p_experts, i_block, choices, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
+def _histogram(p_experts, i_block, choices, count, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
     o_choice = i_block * BLOCK + tl.arange(0, BLOCK)
-    b_chosen = tl.load(p_experts + o_choice, o_choice < choices, other=0).to(tl.int32)
-    return tl.histogram(b_chosen, EXPERTS, mask=o_choice < choices)
+    b_chosen = tl.load(p_experts + o_choice, o_choice < choices, other=-1).to(tl.int32)
+    is_here = (b_chosen >= 0) & (b_chosen < count)
+    return tl.histogram(tl.where(is_here, b_chosen, 0), EXPERTS, mask=is_here)
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -124,16 +126,18 @@ def _place_kernel(
     """The first programs place a block of choices each, the others describe tiles. A single block counts here."""
     i_program, o_expert = tl.program_id(0), tl.arange(0, EXPERTS)
     if p_totals is None:
-        b_total = _histogram(p_experts, 0, choices, BLOCK, EXPERTS)
+        b_total = _histogram(p_experts, 0, choices, count, BLOCK, EXPERTS)
     else:
         b_total = tl.load(p_totals + o_expert, o_expert < count, other=0)
     if i_program < blocks:
         o_choice = i_program * BLOCK + tl.arange(0, BLOCK)
         is_choice = o_choice < choices
-        b_chosen = tl.load(p_experts + o_choice, is_choice, other=0).to(tl.int32)
+        b_chosen = tl.load(p_experts + o_choice, is_choice, other=-1).to(tl.int32)
+        is_here = (b_chosen >= 0) & (b_chosen < count)
+        b_chosen = tl.where(is_here, b_chosen, 0)
         b_place = tl.gather(tl.cumsum(b_total) - b_total, b_chosen, axis=0)
         if p_counts is not None:
-            b_place += tl.load(p_counts + i_program * count + b_chosen, is_choice, other=0)
+            b_place += tl.load(p_counts + i_program * count + b_chosen, is_here, other=0)
         b_earlier = tl.zeros([PART, BLOCK], tl.int32)  # of the block, on the same expert
         for part in range(0, BLOCK, PART):
             o_other = i_program * BLOCK + part + tl.arange(0, PART)
@@ -141,8 +145,8 @@ def _place_kernel(
             is_same = b_other[:, None] == b_chosen[None, :]
             b_earlier += (is_same & (o_other[:, None] < o_choice[None, :])).to(tl.int32)
         b_place += tl.sum(b_earlier, axis=0)
-        tl.store(p_places + o_choice, b_place, is_choice)
-        tl.store(p_tokens + b_place, o_choice // K, is_choice)
+        tl.store(p_places + o_choice, tl.where(is_here, b_place, -1), is_choice)
+        tl.store(p_tokens + b_place, o_choice // K, is_here)
         if i_program == 0:
             tl.store(p_borders + 1 + o_expert, tl.cumsum(b_total), o_expert < count)
             tl.store(p_borders, 0)

@@ -156,7 +156,7 @@ def combine_kernel(
         b_sum += share * tl.load(p_shared + i_token * WIDTH + o_column, mask, other=0.0).to(tl.float32)
     for i in tl.static_range(K):
         row = tl.load(p_places + i_token * K + i).to(tl.int64)
-        b_row = tl.load(p_rows + row * WIDTH + o_column, mask, other=0.0).to(tl.float32)
+        b_row = tl.load(p_rows + row * WIDTH + o_column, mask & (row >= 0), other=0.0).to(tl.float32)
         if p_weights is not None:
             b_row *= tl.load(p_weights + i_token * K + i).to(tl.float32)
         b_sum += b_row
@@ -206,7 +206,7 @@ def hidden_gradient_kernel(
     i_choice, o_channel = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     row = tl.load(p_places + i_choice).to(tl.int64)
     weight = tl.load(p_weights + i_choice).to(tl.float32)
-    mask = o_channel < HIDDEN
+    mask = (o_channel < HIDDEN) & (row >= 0)  # an expert that is not here changes nothing
     p_gate = row * (2 * HIDDEN) + o_channel
     b_gate = tl.load(p_linear + p_gate, mask, other=0.0).to(tl.float32)
     b_up = tl.load(p_linear + p_gate + HIDDEN, mask, other=0.0).to(tl.float32)

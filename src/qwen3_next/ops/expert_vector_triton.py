@@ -67,6 +67,9 @@ def _gate_up_kernel(
     o_channel, o_k = i_rows * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     o_weight = tl.minimum(o_channel, HIDDEN - 1)[:, None] * WIDTH + o_k[None, :]
     expert = tl.load(p_experts + i_token * K + i_choice, i_choice < K, other=0)
+    is_here = (expert >= 0) & (expert < EXPERTS)  # of one that is not, nothing is loaded
+    expert = tl.where(is_here, expert, 0)
+    b_mask = (o_k < WIDTH)[None, :] & is_here
     p_gate = p_weight + expert * (2 * HIDDEN * WIDTH)
     p_up = p_gate + HIDDEN * WIDTH
     if p_scales is not None:
@@ -79,8 +82,8 @@ def _gate_up_kernel(
             if p_scales is not None:
                 p_gate_scale = p_shared_gate_scales + i_rows * ROWS // SCALE * BLOCKS
                 p_up_scale = p_shared_up_scales + i_rows * ROWS // SCALE * BLOCKS
-    b_gate_weight = tl.load(p_gate + o_weight, (o_k < WIDTH)[None, :], other=0.0, eviction_policy="evict_first")
-    b_up_weight = tl.load(p_up + o_weight, (o_k < WIDTH)[None, :], other=0.0, eviction_policy="evict_first")
+    b_gate_weight = tl.load(p_gate + o_weight, b_mask, other=0.0, eviction_policy="evict_first")
+    b_up_weight = tl.load(p_up + o_weight, b_mask, other=0.0, eviction_policy="evict_first")
     b_x = tl.load(p_x + i_token * x_stride + o_k, o_k < WIDTH, other=0.0).to(tl.float32)
     factor = 1.0
     if p_shared_gate is not None:  # noqa: SIM102
@@ -112,12 +115,16 @@ def _down_kernel(
     o_weight = tl.minimum(o_output, WIDTH - 1)[:, None] * HIDDEN + o_k[None, :]
     b_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     for i in tl.static_range(CHOICES):
+        b_mask = (o_k < HIDDEN)[None, :]
         if i < K:
             expert = tl.load(p_experts + i_token * K + i)
+            is_here = (expert >= 0) & (expert < EXPERTS)
+            expert = tl.where(is_here, expert, 0)
+            b_mask = b_mask & is_here
             p_from, weight = p_weight + expert * (WIDTH * HIDDEN), tl.load(p_weights + i_token * K + i).to(tl.float32)
         else:
             p_from, weight = p_shared, 1.0
-        b_weight = tl.load(p_from + o_weight, (o_k < HIDDEN)[None, :], other=0.0, eviction_policy="evict_first")
+        b_weight = tl.load(p_from + o_weight, b_mask, other=0.0, eviction_policy="evict_first")
         b_x = tl.load(p_hidden + (i_token * CHOICES + i) * HIDDEN + o_k, o_k < HIDDEN, other=0.0).to(tl.float32)
         if p_scales is not None:
             if i < K:

@@ -67,6 +67,7 @@ def swiglu_experts(
     share is Qwen's.) Tokens are sorted by expert so that each expert is one matrix product.
 
     Args:
+        experts: numbers outside 0..E-1 are experts that are not here, on another device: those choices add nothing.
         scales: of e4m3 weights; what is multiplied with those is rounded as in `linear`, and there is no gradient.
         shared: added with its share where it is given; it has the same hidden width F or another.
 
@@ -126,8 +127,13 @@ def _chosen(
         return x * 0
     by_expert, order = experts.flatten().sort(stable=True)
     hit, sizes = (found.tolist() for found in by_expert.unique_consecutive(return_counts=True))
+    here = _expert_functions(gate_up_proj, down_proj, scales)
+
+    def function(rows: Tensor, e: int) -> Tensor:
+        return here(rows, e) if 0 <= e < len(down_proj) else torch.zeros_like(rows)
+
     loop = _looped if torch.is_grad_enabled() or order.numel() <= _FEW_PAIRS else _looped_in_place
-    return loop(x, _expert_functions(gate_up_proj, down_proj, scales), weights, order, hit, sizes)
+    return loop(x, function, weights, order, hit, sizes)
 
 
 def _expert_functions(gate_up_proj: Tensor, down_proj: Tensor, scales: ExpertScales | None) -> ExpertFunction:
