@@ -1,14 +1,16 @@
 """Graphs hold calls of steps alone, filled up to a rung, and compute what the call itself would."""
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from qwen3_next.engine import LLM, Completion, EngineConfig, SamplingParams
 from qwen3_next.engine.batch import Batch
-from qwen3_next.engine.graphs import Shape, rung_of, shape_of
+from qwen3_next.engine.graphs import Call, Graphs, is_graphable, rung_of
 from qwen3_next.engine.plan import Plan
 
 TEXTS = ("Once upon a time, there was a little", "def add(a, b):\n", "The sun", "One day, Tom and his dog went to", "A")
@@ -26,27 +28,47 @@ def test_a_rung_holds_the_batch_and_wastes_little() -> None:
 
 
 @pytest.mark.parametrize("drafts", [0, 2])
-def test_only_calls_of_steps_have_a_shape(drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Plan, Shape | None]] = []
+def test_only_calls_of_steps_can_be_graphs(drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Plan, Batch]] = []
     build = Batch.build
 
-    def built(plan: Plan, *args: Any) -> Batch:
-        batch = build(plan, *args)
-        seen.append((plan, shape_of(batch, 4)))
+    def built(plan: Plan, *args: Any, **options: Any) -> Batch:
+        batch = build(plan, *args, **options)
+        seen.append((plan, batch))
         return batch
 
     monkeypatch.setattr(Batch, "build", built)
     llm = LLM(config=EngineConfig(max_sequences=4, token_budget=8, memory_bytes=2**27, drafts=drafts), dtype="float32")
+    llm.engine.runner.is_uniform = True
     llm.generate(TEXTS, SamplingParams(temperature=0, max_tokens=12))
-    found = [shape for _, shape in seen if shape is not None]
-    assert Shape(4, 1 + drafts, has_accepted=drafts > 0) in found
-    for plan, shape in seen:
-        lengths = {sequence.length for sequence in plan}
-        if shape is not None:
-            assert all(sequence.awaits_verdict for sequence in plan)
-            assert lengths == {shape.length}
-        elif drafts == 0:
-            assert not all(sequence.awaits_verdict for sequence in plan)
+    graphable = [batch.inputs.segments for _, batch in seen if is_graphable(batch)]
+    assert any(segments.count == 4 and segments.max_length == 1 + drafts for segments in graphable)
+    for plan, batch in seen:
+        assert is_graphable(batch) == all(sequence.awaits_verdict for sequence in plan)
+
+
+def test_steps_that_are_filled_up_write_the_same() -> None:
+    """Fewer drafts than others at the end of a text, more tokens than others in the layer that drafts."""
+    config = EngineConfig(max_sequences=4, token_budget=24, memory_bytes=2**27, max_context=160, drafts=3)
+    llm = LLM(config=config, dtype="float32")
+    params = [
+        SamplingParams(temperature=0.8 * (n % 2), seed=n, max_tokens=20 + 3 * n, ignore_eos=True) for n in range(5)
+    ]
+    params[1] = dataclasses.replace(params[1], max_tokens=None)  # to the end of the context
+    plain = [one.token_ids for group in llm.generate(TEXTS, params) for one in group]
+    drafter, computed = llm.engine.drafter, list[Call]()
+    assert drafter is not None
+
+    def run(call: Call) -> Any:
+        computed.append(call)
+        return drafter._compute(call)
+
+    drafter.graphs = cast("Graphs", SimpleNamespace(run=run))
+    llm.engine.runner.is_uniform = True
+    llm.engine.scheduler.memory.evict_all()
+    assert [one.token_ids for group in llm.generate(TEXTS, params) for one in group] == plain
+    assert all(call.inputs.segments.is_uniform for call in computed)
+    assert any(call.inputs.segments.max_length > 1 and call.inputs.segments.count > 1 for call in computed)
 
 
 @pytest.mark.gpu

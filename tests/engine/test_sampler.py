@@ -143,5 +143,5 @@ def test_the_least_temperatures_act_like_none(temperature: float) -> None:
     logits = 100 * torch.randn(8, VOCABULARY)
     logits[1, 3] = 1e30
     draws = [Draw(request([1, 2], temperature=temperature), seed) for seed in range(8)]
-    tokens = [one.token for one in draw(logits, draws, VOCABULARY, frozenset())]
+    tokens = [one.token for one in draw(logits, draws, VOCABULARY, frozenset()).drawn()]
     assert tokens == logits.argmax(dim=1).tolist()

@@ -11,12 +11,12 @@ from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Condition, Thread
 
-from qwen3_next.engine.engine import Output
 from qwen3_next.engine.grammar import GrammarState
 from qwen3_next.engine.llm import LLM, Completion, Growing, Prompt, StreamUpdate
 from qwen3_next.engine.memory import MemoryFigures
 from qwen3_next.engine.request import FinishReason, Request, SamplingParams
 from qwen3_next.engine.scheduler_config import SchedulerFigures
+from qwen3_next.engine.stream import Output
 from qwen3_next.errors import DeadlineError, EngineError, InputError, OverloadedError, Qwen3NextError
 
 RESTART_WINDOW = 300.0

@@ -1,6 +1,5 @@
 """A plan of the scheduler as tensors: what one call of the network reads, and which rows of it are wanted."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from qwen3_next.engine.plan import Plan, ScheduledSequence
 from qwen3_next.engine.sampler import Choice
 from qwen3_next.model.inputs import PackedInputs
 from qwen3_next.model.packed_cache import PackedCache, PackedMemory
+from qwen3_next.ops.pages import PAGE
 from qwen3_next.ops.segments import Segments, to_device
 from qwen3_next.ops.snapshots import Snapshots
 
@@ -32,7 +32,9 @@ class Batch:
     sampling: tuple[ScheduledSequence, ...]
 
     @classmethod
-    def build(cls, plan: Plan, memory: PackedMemory, earlier: "Choice | None" = None) -> "Batch":
+    def build(
+        cls, plan: Plan, memory: PackedMemory, earlier: Choice | None = None, *, is_uniform: bool = False
+    ) -> "Batch":
         """Put the sequences of a plan one after the other; the copies that come first are not part of it.
 
         Where no step brings drafts there is nothing to reject: every token joins its state at once. Should earlier
@@ -40,54 +42,68 @@ class Batch:
 
         Args:
             earlier: what the call before chooses, where the host does not know it yet; that call had no drafts.
+            is_uniform: where all sequences are steps, let those with fewer drafts than others bring as many tokens.
+                What these write is never read: it lies behind the last position that counts, or in the reserved page.
         """
         has_pending = any(sequence.accepted for sequence in plan)
         steps = 0 if plan.joins and has_pending else sum(sequence.awaits_verdict for sequence in plan)
         device, sequences = memory.keys.device, plan.sequences
         lengths = [sequence.length for sequence in sequences]
+        if is_uniform and steps == len(sequences):
+            lengths = [max(lengths)] * len(lengths)
         segments = Segments.from_lengths(lengths, device)
-        positions = [place for sequence in sequences for place in range(sequence.start, sequence.end)]
-        inputs = PackedInputs(_token_ids(sequences, earlier, device), integers(positions, device).long(), segments)
-        ends, accepted = [s.end for s in sequences], [s.accepted for s in sequences]
+        ends = [sequence.start + length for sequence, length in zip(sequences, lengths, strict=True)]
+        positions = [place for s, end in zip(sequences, ends, strict=True) for place in range(s.start, end)]
+        tokens = _Tokens.of(sequences, lengths, earlier)
+        rows = [
+            start + sequence.length - 1 - drafts
+            for sequence, start in zip(sequences, segments.starts, strict=True)
+            if sequence.samples
+            for drafts in range(sequence.drafts, -1, -1)
+        ]
+        slots, accepted = [sequence.slot for sequence in sequences], [sequence.accepted for sequence in sequences]
+        lists = (tokens.ids, tokens.places, tokens.rows, positions, rows, ends, slots, accepted)
+        ids, places, chosen, place_ids, row_ids, end_ids, slot_ids, accepted_ids = split_integers(lists, device)
+        if earlier is not None and tokens.places:  # a row that failed: nobody asks what becomes of it
+            ids[places.long()] = earlier.tokens.clamp(min=0)[chosen.long()].int()
+        inputs = PackedInputs(ids.long(), place_ids.long(), segments)
         cache = PackedCache(
             memory,
-            table=page_table(sequences, device),
-            lengths=integers(ends, device),
-            slots=integers([sequence.slot for sequence in sequences], device),
-            accepted=integers(accepted, device) if has_pending or not plan.joins else None,
+            table=page_table(sequences, device, max(ends)),
+            lengths=end_ids,
+            slots=slot_ids,
+            accepted=accepted_ids if has_pending or not plan.joins else None,
             known_lengths=tuple(ends),
             snapshots=_snapshots(sequences[steps:], device),
             steps=steps,
         )
-        starts = itertools.accumulate(lengths)
-        rows = [
-            end - 1 - drafts
-            for sequence, end in zip(sequences, starts, strict=True)
-            if sequence.samples
-            for drafts in range(sequence.drafts, -1, -1)
-        ]
-        sampling = tuple(sequence for sequence in sequences if sequence.samples)
-        return cls(inputs, cache, integers(rows, device).long(), sampling)
+        return cls(inputs, cache, row_ids.long(), tuple(sequence for sequence in sequences if sequence.samples))
 
 
-def _token_ids(
-    sequences: Sequence[ScheduledSequence], earlier: Choice | None, device: torch.device
-) -> Int[Tensor, "T"]:
-    """What the host knows of them; the rest goes from one call to the next on the device."""
-    ids, places, rows = list[int](), list[int](), list[int]()
-    for sequence in sequences:
-        known = sequence.token_ids
-        if len(known) < sequence.length:
-            assert earlier is not None
-            places.append(len(ids))
-            rows.append(earlier.rows[sequence.request.request_id])
-            known = (0,)
-        ids += known
-    tokens = integers(ids, device).long()
-    if earlier is not None and places:
-        chosen = earlier.tokens.clamp(min=0)  # a row that failed: nobody asks what becomes of it
-        tokens[integers(places, device).long()] = chosen[integers(rows, device).long()]
-    return tokens
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens of a call: what the host knows, zeros to fill up, and where what the call before chooses goes.
+
+    Attributes:
+        places: among the ids.
+        rows: of the choice, for each place.
+    """
+
+    ids: list[int]
+    places: list[int]
+    rows: list[int]
+
+    @classmethod
+    def of(cls, sequences: Sequence[ScheduledSequence], lengths: Sequence[int], earlier: Choice | None) -> "_Tokens":
+        tokens = cls([], [], [])
+        for sequence, length in zip(sequences, lengths, strict=True):
+            known = sequence.token_ids
+            if len(known) < sequence.length:
+                assert earlier is not None
+                tokens.places.append(len(tokens.ids))
+                tokens.rows.append(earlier.rows[sequence.request.request_id])
+            tokens.ids.extend((*known, *(0,) * (length - len(known))))
+        return tokens
 
 
 def prepare_memory_(plan: Plan, memory: PackedMemory) -> None:
@@ -108,9 +124,9 @@ def copy_pages_(plan: Plan, memory: PackedMemory) -> None:
         _copy_(tensor, pages)
 
 
-def page_table(sequences: Sequence[ScheduledSequence], device: torch.device) -> Int[Tensor, "N M"]:
-    """The pages of each sequence, filled up to the most of them."""
-    widest = max(len(sequence.pages) for sequence in sequences)
+def page_table(sequences: Sequence[ScheduledSequence], device: torch.device, tokens: int = 0) -> Int[Tensor, "N M"]:
+    """The pages of each sequence, filled up with the reserved one to the most of them, and to those of `tokens`."""
+    widest = max(-(-tokens // PAGE), *(len(sequence.pages) for sequence in sequences))
     return integers([[*sequence.pages, *(0,) * (widest - len(sequence.pages))] for sequence in sequences], device)
 
 
@@ -135,3 +151,8 @@ def _snapshots(sequences: Sequence[ScheduledSequence], device: torch.device) -> 
 def integers(values: list[int] | list[list[int]], device: torch.device) -> Int[Tensor, "*N"]:
     """As int32 on a device."""
     return to_device(torch.tensor(values, dtype=torch.int32), device)
+
+
+def split_integers(lists: Sequence[list[int]], device: torch.device) -> tuple[Int[Tensor, "*N"], ...]:
+    """Several of them with one copy."""
+    return integers([value for values in lists for value in values], device).split([len(values) for values in lists])

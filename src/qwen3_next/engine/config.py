@@ -131,6 +131,12 @@ class Division:
         """The most tokens of a sequence that await a verdict."""
         return pending_of(self.drafts)
 
+    @property
+    def pages_of_a_sequence(self) -> int:
+        """The most, with those of drafts behind its end."""
+        assert self.limits.max_context is not None
+        return -(-(self.limits.max_context + STEP_TOKENS) // PAGE)
+
     def scheduler(self, ends: frozenset[int]) -> SchedulerConfig:
         """The same limits for the scheduler."""
         limits = self.limits

@@ -20,63 +20,13 @@ from qwen3_next.engine.memory import Memory
 from qwen3_next.engine.plan import Plan, ScheduledSequence, SequenceResult
 from qwen3_next.engine.request import FinishReason, Request, RequestOutput, Structured, common_prefix
 from qwen3_next.engine.runner import Computed, Runner
-from qwen3_next.engine.sampler import Choice, Draw, Drawn, choose, draw
+from qwen3_next.engine.sampler import Choice, Draw, Drawn, choose, draw, likeliest
 from qwen3_next.engine.scheduler import Scheduler
 from qwen3_next.engine.speculative import Drafter, Verdict, verify
+from qwen3_next.engine.stream import Output, Step, Stream
 from qwen3_next.engine.text import Characters, StopStrings
 from qwen3_next.errors import BackendError, InputError
 from qwen3_next.ops.pages import PAGE
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """Where the text of one step comes from.
-
-    Attributes:
-        lengths: of each new token, how many characters of the text became visible with it.
-        accepted: how many of these tokens, from the first on, are drafts of the MTP layer that were accepted.
-        rejected: drafts that came to nothing: wrong, behind a wrong one, or behind the end of the text.
-    """
-
-    lengths: tuple[int, ...]
-    accepted: int
-    rejected: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """What one step did for a request.
-
-    Attributes:
-        state: tokens, the reason of the end, counts.
-        text: what may be shown now; nothing of a stop string, and no half of a character.
-        step: which tokens brought this text; what was held back until the end of the answer is in none of its lengths.
-        logprobs: of the new tokens, where they were asked for.
-        prompt_logprobs: of every token of the prompt, where they were asked for: told once, in the first output. The
-            first token has none.
-    """
-
-    state: RequestOutput
-    text: str
-    step: Step
-    logprobs: tuple[Drawn, ...]
-    prompt_logprobs: tuple[Drawn, ...]
-
-
-@dataclass(eq=False)
-class _Stream:
-    """What the engine knows of a request beside the scheduler."""
-
-    seed: int
-    characters: Characters
-    stops: StopStrings
-    grammar: GrammarState | None
-    prompt_logprobs: list[Drawn]
-    text: str = ""
-    lengths: list[int] = field(default_factory=list[int])
-    drafts: tuple[int, ...] = ()
-    logprobs: list[Drawn] = field(default_factory=list[Drawn])
-    error: InputError | None = None
 
 
 @dataclass(eq=False)
@@ -134,13 +84,14 @@ class Engine:
         self._agree = agree
         memory = Memory(self.division.pages, self.division.slots, PAGE)
         self.scheduler = Scheduler(self.division.scheduler(loaded.eos_ids), memory)
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, Stream] = {}
         self._known = min(loaded.tokenizer.get_vocab_size(), loaded.config.vocab_size)
         self.runner = Runner(model, self.division, self._known)
         self._grammars = GrammarCompiler(loaded.tokenizer, self._known, loaded.eos_ids)
         self.drafts = DraftPolicy(self.division.drafts, is_fixed=self.division.limits.drafts != "auto")
         chosen = partial(choose, known=self._known, ends=loaded.eos_ids, agree=agree)
-        self.drafter = Drafter.allocate(model, self.division, chosen) if self.division.drafts else None
+        greedy = partial(likeliest, known=self._known, agree=agree)
+        self.drafter = Drafter.allocate(model, self.division, chosen, greedy) if self.division.drafts else None
         self._flight: _Flight | None = None
         self._busy_since: float | None = None
 
@@ -170,7 +121,7 @@ class Engine:
         if structured is not None:
             grammar = self.compiled(structured) if grammar is None else grammar.copy()
         self.scheduler.add(request)
-        self._streams[request.request_id] = _Stream(
+        self._streams[request.request_id] = Stream(
             seed=seed,
             characters=Characters(self.loaded.tokenizer),
             stops=StopStrings(request.params.stop),
@@ -321,7 +272,7 @@ class Engine:
         drafts = {} if self.drafter is None else self.drafter.draft(flight.plan, computed, verdicts)
         return [self._result(sequence, verdicts, drafts) for sequence in flight.plan]
 
-    def _masks(self, stream: _Stream, drafts: tuple[int, ...]) -> list[Tensor]:
+    def _masks(self, stream: Stream, drafts: tuple[int, ...]) -> list[Tensor]:
         """What a grammar lets follow each beginning of the drafts, up to the first that it forbids.
 
         Computed here, while the device is busy. Rows without one come after a draft that is rejected.
@@ -350,7 +301,7 @@ class Engine:
             )
         stream = self._streams[name]
         try:
-            tokens, is_over = self._pushed(request, stream, verdicts[name])
+            tokens, is_over = stream.push(request, verdicts[name], self.loaded.eos_ids)
         except InputError as error:
             return SequenceResult(error=error)
         return SequenceResult(
@@ -358,37 +309,6 @@ class Engine:
             drafts=drafts.get(name, ()),
             finish=FinishReason.STOP if is_over else None,
         )
-
-    def _pushed(self, request: Request, stream: _Stream, verdict: Verdict) -> tuple[tuple[int, ...], bool]:
-        """Add accepted tokens to the text, up to the one that ends it; return these, and whether one does.
-
-        Raises:
-            InputError: the grammar needs more than a step may compute.
-        """
-        params = request.params
-        ends = {*params.stop_token_ids, *(() if params.ignore_eos else self.loaded.eos_ids)}
-        for count, (token, drawn) in enumerate(zip(verdict.tokens, verdict.accepted, strict=True), 1):
-            is_over = self._accept(stream, token)
-            stream.logprobs.append(drawn)
-            shown = len(stream.text)
-            if token not in ends:
-                text = stream.characters.push(token)
-                may_stop = request.output_length + count >= params.min_tokens
-                stream.text += stream.stops.push(text) if may_stop else text
-            stream.lengths.append(len(stream.text) - shown)
-            is_over |= stream.stops.found
-            if token in ends or is_over:
-                return verdict.tokens[:count], is_over
-        return verdict.tokens, False
-
-    def _accept(self, stream: _Stream, token: int) -> bool:
-        """Go on by the grammar, where there is one. True: it ends there."""
-        if stream.error is not None:
-            raise stream.error
-        if stream.grammar is None:
-            return False
-        stream.grammar.accept(token)
-        return stream.grammar.is_finished
 
     def _output(self, state: RequestOutput) -> Output:
         stream = self._streams[state.request_id]

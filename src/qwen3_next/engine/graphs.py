@@ -1,5 +1,6 @@
-"""Decoding and verification as CUDA graphs: one launch for a whole call of the network."""
+"""Decoding, verification and drafting as CUDA graphs: one launch for a call of the network or of the MTP layer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qwen3_next.engine.batch import Batch
-from qwen3_next.model.bare import BareCausalLM
 from qwen3_next.model.inputs import PackedInputs
 from qwen3_next.model.packed_cache import PackedCache, PackedMemory
 from qwen3_next.ops.segments import Segments
@@ -34,53 +34,75 @@ class Shape:
 
 
 @dataclass(frozen=True, eq=False)
+class Call:
+    """What a graph reads.
+
+    Attributes:
+        hidden: for the MTP layer, of each token.
+        rows: for the MTP layer, the one token of each sequence that is asked for.
+    """
+
+    inputs: PackedInputs
+    cache: PackedCache
+    hidden: Float[Tensor, "T D"] | None = None
+    rows: Int[Tensor, "N"] | None = None
+
+
+Compute = Callable[[Call], tuple[Float[Tensor, "R D"], Float[Tensor, "R V"]]]
+"""States and logits; of all tokens of a call, or of its rows."""
+
+
+@dataclass(frozen=True, eq=False)
 class _Captured:
     """A graph with what it reads and writes, in tensors that stay where they are."""
 
     graph: torch.cuda.CUDAGraph
-    inputs: PackedInputs
-    cache: PackedCache
-    hidden: Float[Tensor, "T D"]
-    logits: Float[Tensor, "T V"]
+    call: Call
+    hidden: Float[Tensor, "R D"]
+    logits: Float[Tensor, "R V"]
 
 
 class Graphs:
-    """The network on sequences that all bring the same few tokens, captured for a ladder of batch sizes.
+    """A function of sequences that all bring the same few tokens, captured for a ladder of batch sizes.
 
     A batch is filled up to the next rung with null sequences, which read and write nothing. Graphs share the memory of
     what happens inside them.
     """
 
-    def __init__(self, model: BareCausalLM, memory: PackedMemory, *, most: int, pages: int) -> None:
-        """Capture decoding at every rung; verification is captured when it is first asked for.
+    def __init__(
+        self, compute: Compute, memory: PackedMemory, *, most: int, pages: int, width: int | None = None
+    ) -> None:
+        """Capture nothing yet; a graph is captured when it is first asked for.
 
         Args:
+            compute: what is captured; of nothing but the call and what stays where it is.
             most: sequences of a call.
             pages: of one sequence.
+            width: D, where calls have hidden states and rows.
         """
-        self._model, self._memory, self._most, self._pages = model, memory, most, pages
+        self._compute, self._memory, self._most, self._pages, self._width = compute, memory, most, pages, width
         self._pool = torch.cuda.graph_pool_handle()
         self._captured: dict[Shape, _Captured] = {}
-        for rung in sorted({rung_of(count, most) for count in range(1, most + 1)}, reverse=True):  # the largest first,
-            self._get(Shape(rung, 1, has_accepted=False))  # whose memory then serves all
 
-    def run(self, batch: Batch) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T V"]] | None:
-        """Hidden states and logits of all tokens; None for a batch that no graph can hold."""
-        shape = shape_of(batch, self._most)
-        if shape is None:
-            return None
-        captured, count, tokens = self._get(shape), batch.inputs.segments.count, batch.inputs.segments.total
-        own, given = captured.cache, batch.cache
-        assert captured.inputs.token_ids is not None
-        assert batch.inputs.token_ids is not None
-        captured.inputs.token_ids[:tokens] = batch.inputs.token_ids
-        captured.inputs.positions[:tokens] = batch.inputs.positions
-        own.table[:count, : given.table.shape[1]] = given.table
-        for mine, theirs, null in _per_sequence(own, given):
-            mine[:count] = theirs
-            mine[count:] = null
+    def capture(self, length: int, *, has_accepted: bool) -> None:
+        """Of all rungs, the largest first, whose memory then serves all."""
+        for rung in sorted({rung_of(count, self._most) for count in range(1, self._most + 1)}, reverse=True):
+            self._get(Shape(rung, length, has_accepted))
+
+    def run(self, call: Call) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R V"]]:
+        """States, which are copies, and logits, which the next call may overwrite, of `call`, which has a shape."""
+        segments = call.inputs.segments
+        shape = Shape(rung_of(segments.count, self._most), segments.max_length, call.cache.accepted is not None)
+        captured = self._get(shape)
+        own, count, tokens = captured.call, segments.count, segments.total
+        own.cache.table[:count, : call.cache.table.shape[1]] = call.cache.table
+        for mine, theirs, null in _pairs(own, call):
+            mine[: len(theirs)] = theirs
+            if null is not None:
+                mine[count:] = null
         captured.graph.replay()
-        return captured.hidden[:tokens].clone(), captured.logits[:tokens]  # states may be read after the next call
+        results = count if call.rows is not None else tokens
+        return captured.hidden[:results].clone(), captured.logits[:results]  # states may be read after the next call
 
     def _get(self, shape: Shape) -> _Captured:
         if shape not in self._captured:
@@ -102,25 +124,22 @@ class Graphs:
             accepted=torch.zeros_like(lengths) if shape.has_accepted else None,
             steps=count,
         )
-        self._compute(inputs, cache)  # compiles what the graph holds, and fills what `inputs` and `cache` keep
+        call = Call(inputs, cache)
+        if self._width is not None:
+            hidden = torch.zeros(tokens, self._width, dtype=self._memory.keys.dtype, device=device)
+            call = Call(inputs, cache, hidden, torch.arange(count, device=device) * shape.length)
+        self._compute(call)  # compiles what the graph holds, and fills what `inputs` and `cache` keep
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            hidden, logits = self._compute(inputs, cache)
-        return _Captured(graph, inputs, cache, hidden, logits)
-
-    def _compute(self, inputs: PackedInputs, cache: PackedCache) -> tuple[Tensor, Tensor]:
-        hidden = self._model.model(inputs, cache)
-        return hidden, self._model.lm_head(hidden)
+            states, logits = self._compute(call)
+        return _Captured(graph, call, states, logits)
 
 
-def shape_of(batch: Batch, most: int) -> Shape | None:
-    """What graph holds a batch: only steps, with as many tokens each, all of whose logits are wanted; else None."""
+def is_graphable(batch: Batch) -> bool:
+    """Whether a graph holds a batch: only steps, with as many tokens each."""
     segments = batch.inputs.segments
-    is_step = batch.cache.steps == segments.count and batch.cache.snapshots is None
-    if not is_step or not segments.is_uniform or len(batch.rows) != segments.total:
-        return None
-    return Shape(rung_of(segments.count, most), segments.max_length, batch.cache.accepted is not None)
+    return batch.cache.steps == segments.count and batch.cache.snapshots is None and segments.is_uniform
 
 
 def rung_of(count: int, most: int) -> int:
@@ -130,9 +149,20 @@ def rung_of(count: int, most: int) -> int:
     return min(most, -(-count // step) * step)
 
 
-def _per_sequence(own: PackedCache, given: PackedCache) -> list[tuple[Int[Tensor, "N"], Int[Tensor, "N"], int]]:
-    """What a graph reads, what it is to read, and the same of a null sequence."""
-    pairs = [(own.lengths, given.lengths, 0), (own.slots, given.slots, NULL_SLOT)]
-    if own.accepted is not None and given.accepted is not None:
-        pairs.append((own.accepted, given.accepted, 0))
+def _pairs(own: Call, given: Call) -> list[tuple[Tensor, Tensor, int | None]]:
+    """What a graph reads, what it is to read, and the same of a null sequence where that matters."""
+    assert own.inputs.token_ids is not None
+    assert given.inputs.token_ids is not None
+    pairs: list[tuple[Tensor, Tensor, int | None]] = [
+        (own.inputs.token_ids, given.inputs.token_ids, None),
+        (own.inputs.positions, given.inputs.positions, None),
+        (own.cache.lengths, given.cache.lengths, 0),
+        (own.cache.slots, given.cache.slots, NULL_SLOT),
+    ]
+    if own.cache.accepted is not None and given.cache.accepted is not None:
+        pairs.append((own.cache.accepted, given.cache.accepted, 0))
+    if own.hidden is not None and given.hidden is not None:
+        pairs.append((own.hidden, given.hidden, None))
+    if own.rows is not None and given.rows is not None:
+        pairs.append((own.rows, given.rows, 0))
     return pairs

@@ -9,10 +9,11 @@ from typing import Any, Literal, TypeVar
 from rich.progress import Progress
 
 from qwen3_next.engine.config import EngineConfig
-from qwen3_next.engine.engine import Engine, Output, Step
+from qwen3_next.engine.engine import Engine
 from qwen3_next.engine.loading import find_model, load_model
 from qwen3_next.engine.request import FinishReason, Request, RequestOutput, SamplingParams
 from qwen3_next.engine.sampler import Drawn
+from qwen3_next.engine.stream import Output, Step
 from qwen3_next.errors import CheckpointError, InputError, Qwen3NextError
 from qwen3_next.model.quantize import Quantization
 

@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from qwen3_next.engine.config import EngineConfig
-from qwen3_next.engine.engine import Engine, Output
+from qwen3_next.engine.engine import Engine
 from qwen3_next.engine.grammar import GrammarState
 from qwen3_next.engine.loading import LoadedModel
 from qwen3_next.engine.request import Request
+from qwen3_next.engine.stream import Output
 from qwen3_next.errors import CheckpointError, InputError, Qwen3NextError, RankError
 from qwen3_next.model.bare import BareCausalLM
 from qwen3_next.model.cuts import Cut

@@ -38,7 +38,8 @@ class ScheduledSequence:
         drafts: proposals among the tokens, the last ones; of those that the last call of the sequence left.
         next_drafts: how many proposals to leave for the next call.
         awaits_verdict: it is a step, not a chunk.
-        joins: its tokens become part of the state at once, since no step of the call brings drafts.
+        joins: its tokens become part of the state at once, since no step of the call brings drafts or has tokens
+            pending from the call before.
         samples: the logits of its last `1 + drafts` tokens are needed.
         starts_empty: the slot is a fresh one: begin with a state of zeros and nothing pending.
         state_copy: copy this slot first, with what is pending there.

@@ -49,6 +49,11 @@ class Entry:
         return self.flights[-1].next_drafts if self.flights else len(self.request.drafts)
 
     @property
+    def has_pending(self) -> bool:
+        """Whether tokens lie beside its state when its next call begins."""
+        return self.flights[-1].leaves_pending if self.flights else self.request.pending > 0
+
+    @property
     def is_computing_its_prompt(self) -> bool:
         """Whether it runs, and chunks remain to be planned."""
         return self.request.status is Status.RUNNING and self.next_start()[0] < len(self.request.tokens) - 1

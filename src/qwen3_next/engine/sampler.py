@@ -39,6 +39,11 @@ class Draw:
         return len(self.request.tokens) + len(self.ahead)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the likeliest token comes, whatever it is; so it stays for tokens further on."""
+        return self.request.params.temperature == 0 and self.allowed is None and self.may_end and not _changes(self)
+
+    @property
     def may_end(self) -> bool:
         """Whether the output has its `min_tokens`."""
         return self.request.output_length + len(self.ahead) >= self.request.params.min_tokens
@@ -147,6 +152,15 @@ def choose(
     """The tokens of `draw` alone."""
     tokens: list[int] = _chosen(logits[:, :known].float(), draws, ends, agree).tolist()
     return [None if token < 0 else token for token in tokens]
+
+
+@torch.no_grad()
+def likeliest(
+    logits: Float[Tensor, "R V"], known: int, agree: Callable[[Tensor], Tensor] = lambda tokens: tokens
+) -> Int[Tensor, "R"]:
+    """What `choose` chooses of rows that are `is_plain`, on the device; -1 where the logits are not finite."""
+    logits = logits[:, :known]
+    return agree(logits.argmax(dim=1).where(logits.isfinite().all(dim=1), -1))
 
 
 def uniform(seed: int, position: int) -> float:

@@ -94,7 +94,7 @@ class Scheduler:
         """
         self._planned += 1
         next_drafts = min(next_drafts, self.config.max_drafts)
-        joins = not any(entry.next_drafts for entry in self._running if entry.takes_a_step)
+        joins = not any(entry.next_drafts or entry.has_pending for entry in self._running if entry.takes_a_step)
         sequences = self._plan_steps(next_drafts, joins)
         budget = self.config.token_budget - sum(sequence.length for sequence in sequences)
         sequences += self._plan_chunks(budget, next_drafts, joins)

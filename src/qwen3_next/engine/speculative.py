@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from qwen3_next.engine.batch import copy_pages_, integers, page_table
 from qwen3_next.engine.config import Division
+from qwen3_next.engine.graphs import Call, Graphs
 from qwen3_next.engine.plan import Plan, ScheduledSequence
 from qwen3_next.engine.runner import Computed
 from qwen3_next.engine.sampler import Draw, Drawn
 from qwen3_next.model.bare import BareCausalLM
+from qwen3_next.model.delta_net import STEP_TOKENS
 from qwen3_next.model.inputs import PackedInputs
 from qwen3_next.model.packed_cache import PackedCache, PackedMemory
 from qwen3_next.ops.pages import PAGE
@@ -97,10 +99,15 @@ class _Reading:
         return self.start + len(self.following)
 
     @property
+    def most_drafts(self) -> int:
+        """How many more are wanted, where the sequence has pages for the keys of the pairs before them."""
+        room = len(self.sequence.pages) * PAGE - self.end + 1
+        return 0 if self.draw is None else max(0, min(self.sequence.next_drafts - len(self.drafts), room))
+
+    @property
     def may_draft(self) -> bool:
-        """Whether a draft is wanted, and the sequence has a page for the key of the last pair."""
-        has_room = len(self.drafts) < self.sequence.next_drafts and self.end <= len(self.sequence.pages) * PAGE
-        return self.draw is not None and has_room
+        """Whether a further one is."""
+        return self.most_drafts > 0
 
     def behind(self, late: "_Reading | None") -> "_Reading":
         """This one behind the one that was left for later, if it goes on from there and did not start again since."""
@@ -130,15 +137,25 @@ class Drafter:
 
     Attributes:
         choose: as the verdict will, with the same random numbers: so they agree more often.
+        greedy: the same of rows that are plain, which stays on the device.
+        graphs: of a few pairs for each sequence; None on a CPU.
     """
 
     model: BareCausalLM
     memory: PackedMemory
     choose: Choose
+    greedy: Callable[[Float[Tensor, "R V"]], Int[Tensor, "R"]]
+    graphs: Graphs | None = None
     _late: dict[str, _Reading] = field(default_factory=dict[str, _Reading])
 
     @classmethod
-    def allocate(cls, model: BareCausalLM, division: Division, choose: Choose) -> "Drafter":
+    def allocate(
+        cls,
+        model: BareCausalLM,
+        division: Division,
+        choose: Choose,
+        greedy: Callable[[Float[Tensor, "R V"]], Int[Tensor, "R"]],
+    ) -> "Drafter":
         """With memory for all pages."""
         weight = model.lm_head.weight
         memory = PackedMemory.allocate(
@@ -149,7 +166,12 @@ class Drafter:
             dtype=weight.dtype,
             device=weight.device,
         )
-        return cls(model, memory, choose)
+        drafter = cls(model, memory, choose, greedy)
+        if weight.is_cuda:
+            limits, width = division.limits, model.config.hidden_size
+            pages = division.pages_of_a_sequence
+            drafter.graphs = Graphs(drafter._compute, memory, most=limits.max_sequences, pages=pages, width=width)
+        return drafter
 
     @torch.inference_mode()
     def draft(self, plan: Plan, computed: Computed, verdicts: Mapping[str, Verdict]) -> dict[str, tuple[int, ...]]:
@@ -191,37 +213,78 @@ class Drafter:
     def _chain(self, readings: list[_Reading]) -> dict[str, tuple[int, ...]]:
         """Read, propose, and read what was proposed, until nobody wants more."""
         drafts: dict[str, tuple[int, ...]] = {}
+        if all(one.draw is not None and one.draw.is_plain for one in readings):
+            return self._chain_greedily(readings)
         while readings:
-            hidden = self._read(readings)
-            going = [(state, one) for state, one in zip(hidden, readings, strict=True) if one.may_draft]
-            readings = []
+            states, logits = self._read(readings)
+            going = [(row, one, one.draw) for row, one in enumerate(readings) if one.may_draft and one.draw is not None]
+            is_whole, readings = len(going) == len(readings), []
             if going:
-                logits = self.model.lm_head(torch.stack([state for state, _ in going]))
-                tokens = self.choose(logits, [one.draw for _, one in going if one.draw is not None])
-                for (state, one), token in zip(going, tokens, strict=True):
+                rows = logits if is_whole else logits[integers([row for row, _, _ in going], logits.device).long()]
+                for (row, one, _), token in zip(going, self.choose(rows, [draw for *_, draw in going]), strict=True):
                     if token is not None:
-                        link = one.chained(state, token)
+                        link = one.chained(states[row], token)
                         drafts[one.name] = link.drafts
                         readings += [link] * link.may_draft
         return drafts
 
-    def _read(self, readings: list[_Reading]) -> Float[Tensor, "N D"]:
-        """One call of the layer: its states at the last pair of each sequence."""
-        assert self.model.mtp is not None
-        network, device = self.model.model, self.memory.keys.device
-        segments = Segments.from_lengths([len(one.following) for one in readings], device)
-        places = [place for one in readings for place in range(one.start, one.end)]
-        inputs = PackedInputs(None, integers(places, device).long(), segments)
-        ends = [one.end for one in readings]
+    def _chain_greedily(self, readings: list[_Reading]) -> dict[str, tuple[int, ...]]:
+        """The same where the host need not look at each token: it waits once for all of them.
+
+        All chains are as long as the longest; what one writes beyond its own pages goes to the reserved one.
+        """
+        most = max(one.most_drafts for one in readings)
+        states, logits = self._read(readings)
+        tokens = [self.greedy(logits)]
+        device, ends = self.memory.keys.device, [one.end for one in readings]
+        segments, positions = Segments.uniform(len(readings), 1, device), integers(ends, device)
+        table = page_table([one.sequence for one in readings], device, max(ends) + most)
+        rows, slots = torch.arange(len(readings), device=device), torch.zeros_like(positions)
+        for link in range(most - 1):
+            inputs = PackedInputs(tokens[-1].clamp(min=0), (positions + link).long(), segments)
+            cache = PackedCache(self.memory, table=table, lengths=positions + link + 1, slots=slots)
+            call = Call(inputs, cache, states, rows)
+            states, logits = self._compute(call) if self.graphs is None else self.graphs.run(call)
+            tokens.append(self.greedy(logits))
+        chains: list[list[int]] = torch.stack(tokens, dim=1).tolist()
+        return {
+            one.name: tuple(takewhile(lambda token: token >= 0, chain[: one.most_drafts]))
+            for one, chain in zip(readings, chains, strict=True)
+            if one.most_drafts
+        }
+
+    def _read(self, readings: list[_Reading]) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N V"]]:
+        """One call of the layer: its states and their logits at the last pair of each sequence."""
+        device, counts = self.memory.keys.device, [len(one.following) for one in readings]
+        lengths, is_few = counts, max(counts) <= STEP_TOKENS
+        if self.graphs is not None and is_few:  # pairs behind the last one are written over before they are read
+            lengths = [max(counts)] * len(counts)
+        segments = Segments.from_lengths(lengths, device)
+        ends = [one.start + length for one, length in zip(readings, lengths, strict=True)]
+        places = [place for one, end in zip(readings, ends, strict=True) for place in range(one.start, end)]
+        spare = list(
+            zip(readings, (length - count for length, count in zip(lengths, counts, strict=True)), strict=True)
+        )
+        following = integers([token for one, more in spare for token in (*one.following, *(0,) * more)], device)
+        hidden = torch.cat([states for one, more in spare for states in (one.hidden, one.hidden[:1].expand(more, -1))])
         cache = PackedCache(
             self.memory,
-            table=page_table([one.sequence for one in readings], device),
+            table=page_table([one.sequence for one in readings], device, max(ends)),
             lengths=integers(ends, device),
             slots=integers([0] * len(readings), device),
             known_lengths=tuple(ends),
         )
-        following = integers([token for one in readings for token in one.following], device).long()
-        hidden = torch.cat([one.hidden for one in readings])
-        rotary = network.rotary_emb(hidden, inputs.positions)
-        states = self.model.mtp(network.embed_tokens(following), hidden, inputs, rotary, cache).hidden
-        return states[segments.cu_seqlens[1:].long() - 1]
+        rows = [start + count - 1 for start, count in zip(segments.starts, counts, strict=True)]
+        inputs = PackedInputs(following.long(), integers(places, device).long(), segments)
+        call = Call(inputs, cache, hidden, integers(rows, device).long())
+        return self._compute(call) if self.graphs is None or not is_few else self.graphs.run(call)
+
+    def _compute(self, call: Call) -> tuple[Tensor, Tensor]:
+        assert self.model.mtp is not None
+        assert call.hidden is not None
+        assert call.inputs.token_ids is not None
+        network = self.model.model
+        embeddings = network.embed_tokens(call.inputs.token_ids)
+        rotary = network.rotary_emb(call.hidden, call.inputs.positions)
+        states = self.model.mtp(embeddings, call.hidden, call.inputs, rotary, call.cache).hidden[call.rows]
+        return states, self.model.lm_head(states)
