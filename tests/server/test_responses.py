@@ -175,18 +175,19 @@ class Pet(BaseModel):
 
 
 def test_the_official_client_reads_responses(client: OpenAI) -> None:
-    whole = client.responses.create(**ASKED, stream=False)
+    responses: Any = client.responses
+    whole = responses.create(**ASKED, stream=False)
     assert whole.output_text
     assert whole.usage
-    with client.responses.stream(**ASKED | {"text_format": Pet, "max_output_tokens": 60}) as stream:
+    with responses.stream(**ASKED | {"text_format": Pet, "max_output_tokens": 60}) as stream:
         kinds = {event.type for event in stream}
         assert {"response.output_text.delta", "response.completed"} <= kinds
         assert stream.get_final_response().output_parsed in (Pet(name="dog"), Pet(name="cat"))
-    parsed = client.responses.parse(**ASKED | {"text_format": Pet, "max_output_tokens": 60})
+    parsed = responses.parse(**ASKED | {"text_format": Pet, "max_output_tokens": 60})
     assert parsed.output_parsed in (Pet(name="dog"), Pet(name="cat"))
-    called = client.responses.create(
+    called = responses.create(
         **ASKED | {"tools": TOOLS[1:], "tool_choice": "required", "parallel_tool_calls": False, "max_output_tokens": 60}
     )
     assert [(item.type, item.name) for item in called.output] == [("function_call", "time")]
     with pytest.raises(openai.BadRequestError, match="store"):
-        client.responses.create(**ASKED, store=True)
+        responses.create(**ASKED, store=True)
