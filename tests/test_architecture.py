@@ -22,7 +22,7 @@ LINES_OF_CODE = {
     "model": 2850,
     "engine": 3250,
     "train": 1800,
-    "server": 1200,
+    "server": 1450,
     "cli": 825,
     "config": 650,
     "__init__": 80,

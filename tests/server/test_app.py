@@ -457,7 +457,7 @@ def test_metrics_are_the_engines_figures(ask: Ask) -> None:
     ask(use)
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/responses"])
+@pytest.mark.parametrize("path", ["/v1/embeddings"])
 def test_other_interfaces_are_refused_by_name(ask: Ask, path: str) -> None:
     async def use(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
         response = await client.post(path, json={})

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+from openai.types.responses.response_create_params import ResponseCreateParamsBase
 from pydantic import ValidationError
 
+from qwen3_next.server import responses_schema
+from qwen3_next.server.responses_schema import ResponsesRequest
 from qwen3_next.server.schema import REFUSED, ChatRequest, CompletionRequest, DetokenizeRequest, explained
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -13,6 +16,26 @@ PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="u
 @pytest.mark.parametrize("field", sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields, *REFUSED}))
 def test_the_page_names_every_field(field: str) -> None:
     assert f"`{field}`" in PAGE
+
+
+@pytest.mark.parametrize("field", sorted({*ResponsesRequest.model_fields, *responses_schema.REFUSED}))
+def test_the_page_names_every_field_of_responses(field: str) -> None:
+    assert f"`{field}`" in PAGE.partition("## Responses\n")[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("field", sorted(responses_schema.REFUSED))
+def test_what_responses_refuse_comes_with_its_reason(field: str) -> None:
+    assert field not in ResponsesRequest.model_fields
+    with pytest.raises(ValidationError) as caught:
+        ResponsesRequest.model_validate({"model": "m", "input": "x", field: 1})
+    message, param = explained(caught.value, responses_schema.REFUSED)
+    assert param == field
+    assert responses_schema.REFUSED[field] in message
+
+
+def test_every_field_of_the_official_client_is_honoured_or_refused() -> None:
+    fields = {*ResponseCreateParamsBase.__annotations__, "stream"}
+    assert fields - {*ResponsesRequest.model_fields, *responses_schema.REFUSED} == set()
 
 
 def test_no_field_is_both_honoured_and_refused() -> None:

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qwen3_next.engine import AsyncEngine
 from qwen3_next.errors import CapacityError, DeadlineError, EngineError, InputError, OverloadedError, Qwen3NextError
-from qwen3_next.server import bridge, schema
+from qwen3_next.server import bridge, responses, responses_schema, schema
 from qwen3_next.server.logs import Logged, Report
 from qwen3_next.server.metrics import Metrics
 from qwen3_next.server.static import page_routes
@@ -90,7 +90,7 @@ class _Application(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """The description of the interface, with the bodies that routes read themselves."""
         found = super().openapi()
-        found.setdefault("components", {})["schemas"] = schema.definitions()
+        found.setdefault("components", {})["schemas"] = schema.definitions(responses_schema.ResponsesRequest)
         return found
 
 
@@ -117,12 +117,12 @@ class _Routes:
         )
         for path, route, kind in (
             ("/v1/completions", self.complete, schema.CompletionRequest),
+            ("/v1/responses", self.respond, responses_schema.ResponsesRequest),
             ("/tokenize", self.tokenize, schema.TokenizeRequest),
             ("/detokenize", self.detokenize, schema.DetokenizeRequest),
         ):
             router.add_api_route(path, route, methods=["POST"], openapi_extra=_takes(kind))
-        for path in ("/v1/embeddings", "/v1/responses"):
-            router.add_api_route(path, self.refuse, methods=["POST"])
+        router.add_api_route("/v1/embeddings", self.refuse, methods=["POST"])
         return router
 
     def require_key(self, request: Request) -> None:
@@ -175,6 +175,10 @@ class _Routes:
     async def complete(self, request: Request) -> Response:
         return await self._generate(request, await self._body(request, schema.CompletionRequest))
 
+    async def respond(self, request: Request) -> Response:
+        body = await self._body(request, responses_schema.ResponsesRequest)
+        return await self._generate(request, body.as_chat(), body)
+
     async def tokenize(self, request: Request) -> Response:
         body = await self._body(request, schema.TokenizeRequest)
         self._require_model(body.model)
@@ -187,19 +191,26 @@ class _Routes:
         return JSONResponse({"prompt": await asyncio.to_thread(bridge.text_of, self.engine.llm, body.tokens)})
 
     async def refuse(self, request: Request) -> Response:
-        message = f"{request.url.path} is not served. Use /v1/chat/completions or /v1/completions."
+        message = f"{request.url.path} is not served. Use /v1/chat/completions, /v1/completions or /v1/responses."
         raise RequestError(404, message, code="not_served")
 
-    async def _generate(self, request: Request, body: schema.ChatRequest | schema.CompletionRequest) -> Response:
+    async def _generate(
+        self,
+        request: Request,
+        body: schema.ChatRequest | schema.CompletionRequest,
+        asked: responses_schema.ResponsesRequest | None = None,
+    ) -> Response:
+        """Answer in the shape of the body, or of the response that was asked for and became this chat."""
         self._require_model(body.model)
         job = await asyncio.to_thread(bridge.job_of, self.engine.llm, body)
         self._require_room(job)
         report: Report = request.scope["report"]
         report.details |= {"stream": body.stream} | ({"request": body.model_dump()} if self.config.log_prompts else {})
         if not body.stream:
-            whole = await _unless_gone(request, bridge.answer(self.engine, job, self.config.request_timeout))
-            report.details |= whole["usage"]
-            return JSONResponse(whole)
+            rest = self.config.request_timeout, report.details
+            if asked is None:
+                return JSONResponse(await _unless_gone(request, bridge.answer(self.engine, job, *rest)))
+            return JSONResponse(await _unless_gone(request, responses.answer(self.engine, job, asked, *rest)))
         updates = self.metrics.timed(bridge.updates_of(self.engine, job, self.config.request_timeout))
         try:
             first = await _unless_gone(request, anext(updates))  # what is refused has a status of its own
@@ -207,7 +218,9 @@ class _Routes:
         except BaseException:
             await updates.aclose()
             raise
-        return _Events(updates, bridge.chunks(self.engine, job, updates, first, report.details))
+        if asked is None:
+            return _Events(updates, bridge.chunks(self.engine, job, updates, first, report.details))
+        return _Events(updates, responses.chunks(self.engine, job, asked, updates, first, report.details))
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
         most, data = self.config.max_body_bytes, bytearray()
@@ -255,7 +268,9 @@ class _Routes:
             case HTTPException():
                 status, message = error.status_code, f"{request.method} {request.url.path}: {error.detail}."
             case ValidationError():
-                status, (message, param) = 400, schema.explained(error)
+                is_response = error.title == responses_schema.ResponsesRequest.__name__
+                refused = responses_schema.REFUSED if is_response else schema.REFUSED
+                status, (message, param) = 400, schema.explained(error, refused)
             case CapacityError():
                 status, code = 400, "context_length_exceeded"
             case InputError():

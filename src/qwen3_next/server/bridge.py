@@ -68,11 +68,12 @@ def job_of(llm: LLM, body: ChatRequest | CompletionRequest) -> Job:
     return Job(body=body, prompts=[llm.encoded(text)], params=params, opened=opened)
 
 
-async def answer(engine: AsyncEngine, job: Job, timeout: float | None) -> Json:
+async def answer(engine: AsyncEngine, job: Job, timeout: float | None, report: Json) -> Json:
     """The whole answer.
 
     Args:
         timeout: seconds that it may take; None for as long as it takes.
+        report: takes the counts of tokens.
 
     Raises:
         Qwen3NextError: the engine refused it, or failed.
@@ -83,13 +84,14 @@ async def answer(engine: AsyncEngine, job: Job, timeout: float | None) -> Json:
     finally:
         for task in tasks:  # of several prompts the others, where one is refused
             task.cancel()
-    answers = _Answers(engine.llm, job)
+    answers = Answers(engine.llm, job)
     choices: list[Json] = []
     for group in groups:
         for completion in group:
             raise_for(completion)
             answers.count(len(choices) // job.params.n, len(choices), completion, len(completion.token_ids))
             choices.append(answers.choice(len(choices), completion))
+    report |= answers.usage()
     return answers.envelope(choices, is_chunk=False) | {"usage": answers.usage()}
 
 
@@ -130,7 +132,7 @@ async def chunks(
     Args:
         report: takes the counts of tokens, however it ends.
     """
-    answers = _Answers(engine.llm, job)
+    answers = Answers(engine.llm, job)
     options = job.body.stream_options
     with_usage = options is not None and options.include_usage
     with_drafts = options is not None and options.include_drafts
@@ -138,7 +140,7 @@ async def chunks(
     try:
         if job.is_chat:
             for index in range(job.params.n):
-                yield _event(answers.envelope([answers.opening(index)], is_chunk=True) | empty)
+                yield event(answers.envelope([answers.opening(index)], is_chunk=True) | empty)
         part: Part | None = first
         while part is not None:
             update, index = part.update, part.prompt * job.params.n + part.update.sample
@@ -148,13 +150,13 @@ async def chunks(
                 told = answers.piece(index, piece)
                 if told.get("text") or told.get("delta") or piece.finish or piece.logprobs or origin:
                     drafts = {} if origin is None else {"drafts": asdict(origin)}
-                    yield _event(answers.envelope([told | drafts], is_chunk=True) | empty)
+                    yield event(answers.envelope([told | drafts], is_chunk=True) | empty)
             part = await anext(parts, None)
         if with_usage:
-            yield _event(answers.envelope([], is_chunk=True) | {"usage": answers.usage()})
+            yield event(answers.envelope([], is_chunk=True) | {"usage": answers.usage()})
     except Qwen3NextError as error:
         report["error"] = f"{type(error).__name__}: {error}"
-        yield _event(failure(str(error), "server_error", code="timeout" if isinstance(error, DeadlineError) else None))
+        yield event(failure(str(error), "server_error", code="timeout" if isinstance(error, DeadlineError) else None))
     finally:
         report |= answers.usage()
     yield "data: [DONE]\n\n"
@@ -193,7 +195,7 @@ def _params(llm: LLM, body: Sampled, most: int | None, logprobs: int | None, for
 
 
 @dataclass(eq=False)
-class _Answers:
+class Answers:
     """Writes the choices of one request, and counts its tokens."""
 
     llm: LLM
@@ -242,7 +244,7 @@ class _Answers:
 
     def choice(self, index: int, completion: Completion) -> Json:
         """A whole answer."""
-        found = self._read(index, completion)
+        found = self.read(index, completion)
         parts = _delta(found)
         message = {"role": "assistant", "content": found.content, "refusal": None} | parts
         if found.calls and not found.content:
@@ -253,9 +255,10 @@ class _Answers:
 
     def piece(self, index: int, update: StreamUpdate) -> Json:
         """What is new of an answer."""
-        return self._around(index, update, {"delta": _delta(self._read(index, update))})
+        return self._around(index, update, {"delta": _delta(self.read(index, update))})
 
-    def _read(self, index: int, outcome: Completion | StreamUpdate) -> Parsed:
+    def read(self, index: int, outcome: Completion | StreamUpdate) -> Parsed:
+        """What a message has that is new; nothing of a plain text."""
         if not isinstance(self.job.body, ChatRequest):
             return Parsed()
         if index not in self.parsers:
@@ -355,5 +358,6 @@ def _byte_alphabet() -> Mapping[str, int]:
 _BYTES = _byte_alphabet()
 
 
-def _event(content: Json) -> str:
+def event(content: Json) -> str:
+    """A server-sent event."""
     return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"

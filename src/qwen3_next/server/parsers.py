@@ -13,9 +13,9 @@ have begun as a call and end as none, and a client cannot take a piece back.
 
 import json
 import re
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 THINK, THOUGHT = "<think>", "</think>"
 CALL, CALLED = "<tool_call>", "</tool_call>"
@@ -41,11 +41,16 @@ class Call:
 
 @dataclass(kw_only=True)
 class Parsed:
-    """What was found."""
+    """What was found.
+
+    Attributes:
+        ends: how much of the content stands before each call.
+    """
 
     reasoning: str = ""
     content: str = ""
     calls: list[Call] = field(default_factory=list[Call])
+    ends: list[int] = field(default_factory=list[int], compare=False)
 
     def __add__(self, later: "Parsed") -> "Parsed":
         """Both, in their order."""
@@ -53,7 +58,20 @@ class Parsed:
             reasoning=self.reasoning + later.reasoning,
             content=self.content + later.content,
             calls=self.calls + later.calls,
+            ends=self.ends + [len(self.content) + end for end in later.ends],
         )
+
+    def parts(self) -> Iterator[tuple[Literal["reasoning", "message"], str] | Call]:
+        """All of it in the order in which it was written; texts are not empty."""
+        if self.reasoning:
+            yield "reasoning", self.reasoning
+        start = 0
+        for call, end in zip([*self.calls, None], [*self.ends, len(self.content)], strict=True):
+            if start < end:
+                yield "message", self.content[start:end]
+            if call is not None:
+                yield call
+            start = end
 
 
 class AnswerParser:
@@ -160,6 +178,7 @@ class AnswerParser:
             self._found.content += self._blank + CALL + text
             self._is_after_call = False
         else:
+            self._found.ends.append(len(self._found.content))
             self._found.calls.append(Call(index=self.calls, name=call[0], arguments=call[1]))
             self.calls += 1
             self._is_after_call = True

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -351,23 +352,24 @@ class DetokenizeRequest(Strict):
     tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]
 
 
-def definitions() -> dict[str, Any]:
-    """Every body as a JSON schema, for the OpenAPI document."""
-    kinds = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+def definitions(*others: type[Strict]) -> dict[str, Any]:
+    """Every body as a JSON schema, for the OpenAPI document; those of other modules too."""
+    kinds = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, *others)
     inputs: list[tuple[type[BaseModel], Literal["validation"]]] = [(kind, "validation") for kind in kinds]
     _, found = models_json_schema(inputs, ref_template="#/components/schemas/{model}")
     return found["$defs"]
 
 
-def explained(error: ValidationError) -> tuple[str, str | None]:
+def explained(error: ValidationError, refused: Mapping[str, str] = REFUSED) -> tuple[str, str | None]:
     """What is wrong with a request in a sentence, and the field that it is about."""
     # Of the branches of a union the one that came farthest, and not the one that only says that it is no text.
     found = error.errors(include_url=False, include_context=False)
-    first = max(found, key=lambda one: (len(one["loc"]), one["type"] != "string_type"))
+    # A wrong type of an object before what it lacks of the type that was taken for meant.
+    first = max(found, key=lambda one: (len(one["loc"]), one["type"] != "string_type", one["type"] == "literal_error"))
     place = [str(part) for part in first["loc"] if part != "str" and "[" not in str(part)]
     field = ".".join(place) or None
     if first["type"] == "extra_forbidden":
-        reason = REFUSED.get(str(first["loc"][-1]))
+        reason = refused.get(str(first["loc"][-1]))
         if reason is None:
             return f"unknown field {field!r}. Leave it out, or see docs/serving.md for the fields there are.", field
         return f"field {field!r} is not served: {reason}.", field

@@ -24,7 +24,9 @@ def page_routes() -> APIRouter:
     router = APIRouter()
     for file in (files("qwen3_next") / "server" / "page").iterdir():
         path = "/" if file.name == "index.html" else f"/page/{file.name}"
-        router.add_api_route(path, _Served(file.read_bytes(), file.name), methods=["GET", "HEAD"])
+        router.add_api_route(
+            path, _Served(file.read_bytes(), file.name), methods=["GET", "HEAD"], include_in_schema=False
+        )
     return router
 
 
