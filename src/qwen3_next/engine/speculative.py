@@ -15,13 +15,12 @@ from qwen3_next.engine.plan import Plan, ScheduledSequence
 from qwen3_next.engine.runner import Computed
 from qwen3_next.engine.sampler import Draw, Drawn
 from qwen3_next.model.bare import BareCausalLM
-from qwen3_next.model.delta_net import STEP_TOKENS
 from qwen3_next.model.inputs import PackedInputs
 from qwen3_next.model.packed_cache import PackedCache, PackedMemory
 from qwen3_next.ops.pages import PAGE
 from qwen3_next.ops.segments import Segments
 
-MOST_LATE_TOKENS = 512
+MOST_LATE_TOKENS = 8192
 """How many tokens may wait for the MTP layer while nobody wants drafts; it reads them together, which is cheaper."""
 
 Choose = Callable[[Float[Tensor, "R V"], Sequence[Draw]], list[int | None]]
@@ -76,7 +75,7 @@ class _Reading:
 
     Attributes:
         start: position of the first state.
-        hidden: the states; the network's, or in a chain the layer's own.
+        hidden: the states, piece by piece, each rows of what a call computed; the network's, or in a chain the layer's.
         following: as many tokens.
         draw: of the token behind the last one that follows; None where nothing was sampled, and nothing is drafted.
         drafts: those made so far.
@@ -84,7 +83,7 @@ class _Reading:
 
     sequence: ScheduledSequence
     start: int
-    hidden: Float[Tensor, "S D"]
+    hidden: tuple[Float[Tensor, "s D"], ...]
     following: tuple[int, ...]
     draw: Draw | None
     drafts: tuple[int, ...] = ()
@@ -113,14 +112,14 @@ class _Reading:
         """This one behind the one that was left for later, if it goes on from there and did not start again since."""
         if late is None or late.end != self.start or self.sequence.state_copy is not None:
             return self
-        hidden, following = torch.cat([late.hidden, self.hidden]), late.following + self.following
-        return replace(self, start=late.start, hidden=hidden, following=following)
+        following = late.following + self.following
+        return replace(self, start=late.start, hidden=late.hidden + self.hidden, following=following)
 
     def chained(self, hidden: Float[Tensor, "D"], token: int) -> "_Reading":
         """The next link: the layer's own state, and the token that it proposed."""
         assert self.draw is not None
         draw = replace(self.draw, ahead=(*self.draw.ahead, token))
-        return _Reading(self.sequence, self.end, hidden[None], (token,), draw, (*self.drafts, token))
+        return _Reading(self.sequence, self.end, (hidden[None],), (token,), draw, (*self.drafts, token))
 
 
 @dataclass(eq=False)
@@ -137,6 +136,7 @@ class Drafter:
 
     Attributes:
         choose: as the verdict will, with the same random numbers: so they agree more often.
+        most_few: pairs of a sequence that a graph holds: those of a step.
         greedy: the same of rows that are plain, which stays on the device.
         graphs: of a few pairs for each sequence; None on a CPU.
     """
@@ -145,6 +145,7 @@ class Drafter:
     memory: PackedMemory
     choose: Choose
     greedy: Callable[[Float[Tensor, "R V"]], Int[Tensor, "R"]]
+    most_few: int
     graphs: Graphs | None = None
     _late: dict[str, _Reading] = field(default_factory=dict[str, _Reading])
 
@@ -166,7 +167,7 @@ class Drafter:
             dtype=weight.dtype,
             device=weight.device,
         )
-        drafter = cls(model, memory, choose, greedy)
+        drafter = cls(model, memory, choose, greedy, 1 + division.drafts)
         if weight.is_cuda:
             limits, width = division.limits, model.config.hidden_size
             pages = division.pages_of_a_sequence
@@ -204,7 +205,7 @@ class Drafter:
                 continue  # it failed
             count = len(drawn) if sequence.awaits_verdict else sequence.length
             known = sequence.request.tokens[sequence.start + 1 : sequence.start + 1 + count]
-            hidden, following = computed.hidden[row : row + count], (*known, *drawn)[:count]
+            hidden, following = (computed.hidden[row : row + count],), (*known, *drawn)[:count]
             draw = None if verdict is None else replace(verdict.draw, ahead=drawn, allowed=None)
             reading = _Reading(sequence, sequence.start, hidden, following, draw)
             readings.append(reading.behind(self._late.get(reading.name)))
@@ -256,9 +257,9 @@ class Drafter:
     def _read(self, readings: list[_Reading]) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N V"]]:
         """One call of the layer: its states and their logits at the last pair of each sequence."""
         device, counts = self.memory.keys.device, [len(one.following) for one in readings]
-        lengths, is_few = counts, max(counts) <= STEP_TOKENS
+        lengths, is_few = counts, max(counts) <= self.most_few
         if self.graphs is not None and is_few:  # pairs behind the last one are written over before they are read
-            lengths = [max(counts)] * len(counts)
+            lengths = [1 if max(counts) == 1 else self.most_few] * len(counts)
         segments = Segments.from_lengths(lengths, device)
         ends = [one.start + length for one, length in zip(readings, lengths, strict=True)]
         places = [place for one, end in zip(readings, ends, strict=True) for place in range(one.start, end)]
@@ -266,7 +267,9 @@ class Drafter:
             zip(readings, (length - count for length, count in zip(lengths, counts, strict=True)), strict=True)
         )
         following = integers([token for one, more in spare for token in (*one.following, *(0,) * more)], device)
-        hidden = torch.cat([states for one, more in spare for states in (one.hidden, one.hidden[:1].expand(more, -1))])
+        hidden = torch.cat(
+            [piece for one, more in spare for piece in (*one.hidden, one.hidden[0][:1].expand(more, -1))]
+        )
         cache = PackedCache(
             self.memory,
             table=page_table([one.sequence for one in readings], device, max(ends)),
