@@ -20,9 +20,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LINES_OF_CODE = {
     "ops": 2000,
     "model": 2850,
-    "engine": 3250,
+    "engine": 3500,
     "train": 1800,
-    "server": 1450,
+    "server": 1600,
     "cli": 825,
     "config": 650,
     "__init__": 80,

@@ -254,7 +254,7 @@ def forced(bench: Bench, engine: Engine, streams: int, rate: float, costs: dict[
     names = filled(bench, engine, streams, bench.sizes.context, tokens - 8)
     automatic(engine)
     with forced_acceptance(rate) as coin:
-        found = timed_steps(engine, TRIAL * (engine.division.drafts + 1) + 2, 2 * bench.sizes.steps)
+        found = timed_steps(engine, TRIAL * (engine.division.drafts + 1) + 32, 2 * bench.sizes.steps)
     chosen = engine.drafts.choose(streams)
     stopped(engine, names)
     off = streams / costs[0]

@@ -11,8 +11,9 @@ from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Condition, Thread
 
+from qwen3_next.engine.answers import Completion, Growing, StreamUpdate
 from qwen3_next.engine.grammar import GrammarState
-from qwen3_next.engine.llm import LLM, Completion, Growing, Prompt, StreamUpdate
+from qwen3_next.engine.llm import LLM, Prompt
 from qwen3_next.engine.memory import MemoryFigures
 from qwen3_next.engine.request import FinishReason, Request, SamplingParams
 from qwen3_next.engine.scheduler_config import SchedulerFigures

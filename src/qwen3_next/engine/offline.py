@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from rich.progress import Progress
 
-from qwen3_next.engine.llm import LLM, Completion
+from qwen3_next.engine.answers import Completion
+from qwen3_next.engine.llm import LLM
 from qwen3_next.engine.request import SamplingParams, Structured
 from qwen3_next.errors import InputError, Qwen3NextError
 
