@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from threading import Event
@@ -430,6 +431,33 @@ def test_others_go_on_while_a_grammar_is_compiled(llm: LLM, monkeypatch: pytest.
         go.set()
         for answer in await asked:
             assert answer.text.startswith("ab")
+
+    run(llm, use_it)
+
+
+def test_the_time_of_a_request_runs_while_its_grammar_is_compiled(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, ends = Engine.compiled, list[float]()
+
+    def slowly(engine: Engine, structured: Structured) -> Any:
+        time.sleep(0.2)
+        ends.append(time.monotonic())
+        return compiled(engine, structured)
+
+    monkeypatch.setattr(Engine, "compiled", slowly)
+
+    async def use_it(engine: AsyncEngine) -> None:
+        loop, moments = asyncio.get_running_loop(), list[float]()
+        call_at = loop.call_at
+
+        def noted(when: float, callback: Any, *arguments: Any, **settings: Any) -> asyncio.TimerHandle:
+            if callback == engine._expire:
+                moments.append(when)
+            return call_at(when, callback, *arguments, **settings)
+
+        monkeypatch.setattr(loop, "call_at", noted)
+        params = SamplingParams(temperature=0, max_tokens=4, structured=Structured(kind="regex", grammar="[ab]{2}"))
+        await engine.generate("Once", params, timeout=60)
+        assert moments[0] < ends[0] + 60
 
     run(llm, use_it)
 

@@ -74,6 +74,7 @@ def test_an_engine_that_fails_too_often_stays_down_and_says_why(llm: LLM, monkey
                 response = await client.get(path)
                 assert (response.status_code, "a cable was pulled" in response.json()["reason"]) == (503, True)
             assert (await client.post(COMPLETE, json=SHORT)).status_code == 503
+        assert (engine.figures.steps, engine.figures.failed_steps) == (3, 3)
         await engine.close()
 
     asyncio.run(asyncio.wait_for(go(), 60))

@@ -243,7 +243,7 @@ class AsyncEngine:
         name = f"stream-{next(self._numbers)}" if name is None else name
         chosen = self.llm.default_params() if params is None else params
         requests = self.llm.requests(prompt, chosen, name)
-        grammar = None
+        start, grammar = asyncio.get_running_loop().time(), None
         if chosen.structured is not None:  # may take a second, during which the others go on
             try:
                 async with asyncio.timeout(timeout):
@@ -272,7 +272,7 @@ class AsyncEngine:
             self._added.append(channel)
             self._changed.notify()
         if timeout is not None:
-            channel.timer = channel.loop.call_later(timeout, self._expire, channel, timeout)
+            channel.timer = channel.loop.call_at(start + timeout, self._expire, channel, timeout)
         return channel
 
     def _expire(self, channel: _Channel, seconds: float) -> None:
@@ -304,6 +304,8 @@ class AsyncEngine:
     def _serve(self) -> None:
         try:
             while self._take_orders():
+                with self._changed:
+                    self._counts["steps"] += 1
                 try:
                     self._hand_out(self.engine.step())
                 except Exception as error:
@@ -315,7 +317,7 @@ class AsyncEngine:
             with self._changed:
                 self._failure = error
                 self._added.clear()
-                self._fail(error)
+                self._answer(list(self._channels.values()), error)
 
     def _require_restart(self, error: Exception) -> None:
         """Count a restart; raise the error again where there were too many: what breaks each time is not mended so."""
@@ -353,7 +355,6 @@ class AsyncEngine:
     def _hand_out(self, outputs: Iterable[Output]) -> None:
         self._measured = self.engine.scheduler.figures, self.engine.scheduler.memory.figures
         with self._changed:
-            self._counts["steps"] += 1
             for output in outputs:
                 self._counts["output"] += len(output.state.tokens)
                 channel = self._owners.get(output.state.request_id)
