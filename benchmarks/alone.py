@@ -119,9 +119,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def random_model(settings: dict[str, Any], device: str, fp8: bool, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """One pattern of layers, without the MTP layer."""
-    config = Qwen3NextConfig(**settings, num_hidden_layers=PATTERN, num_nextn_predict_layers=0)
+def random_model(
+    settings: dict[str, Any], device: str, fp8: bool, dtype: torch.dtype = torch.bfloat16, layers: int = PATTERN
+) -> Any:
+    """A few layers, without the MTP layer."""
+    config = Qwen3NextConfig(**settings, num_hidden_layers=layers, num_nextn_predict_layers=0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -249,25 +251,35 @@ def measured(
             f"decode {streams}, context {CONTEXT:,}",
             streams,
             step_bytes(model, streams, CONTEXT) / rates.read,
-            step_graph(model, streams).replay,
+            replayed(step(model, streams, CONTEXT)),
             REPEATS,
         )
     return rows
 
 
-def step_graph(model: Qwen3NextForCausalLM, streams: int) -> torch.cuda.CUDAGraph:
-    """One new token of each sequence after a context of random keys, values and states."""
-    batch = Batch(model, streams, CONTEXT)
+def step(model: Qwen3NextForCausalLM, streams: int, context: int) -> Callable[[], Tensor]:
+    """One new token of each sequence after a context of random keys, values and states; gives the next ones."""
+    batch = Batch(model, streams, context)
     for kept in (batch.memory.keys, batch.memory.values, batch.memory.recurrent, batch.memory.conv):
         kept.normal_()
-    batch.lengths = [CONTEXT - 1] * streams
+    batch.lengths = [context - 1] * streams
     network = batch.call([1] * streams, known=False)
-    linear_argmax(network(), model.lm_head.weight)  # compiles what the graph holds
+    return lambda: linear_argmax(network(), model.lm_head.weight)
+
+
+def replayed(call: Callable[[], object]) -> Callable[[], None]:
+    """The same call as a CUDA graph."""
+    call()  # compiles what the graph holds
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        linear_argmax(network(), model.lm_head.weight)
-    return graph
+        call()
+
+    def replay() -> None:
+        graph.replay()
+        _ = call  # what the graph reads lives as long as the graph
+
+    return replay
 
 
 def weights_read(model: Qwen3NextForCausalLM, tokens: int) -> tuple[float, float]:

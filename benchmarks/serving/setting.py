@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from benchmarks.alone import PUBLISHED
 from tokenizers import Tokenizer
+from torch import nn
 
 from qwen3_next import Qwen3NextConfig
 from qwen3_next.engine import Engine, EngineConfig, Request, SamplingParams
@@ -25,20 +26,26 @@ NUMBERS = itertools.count()
 
 @torch.inference_mode()
 def random_model(settings: dict[str, Any], layers: int, device: str, quantization: Any, dtype: str) -> LoadedModel:
-    """Values of the initialisation, but embeddings that outweigh the first layers and routers that are decided: then
-    rounding stays what it is in a trained model, and experts are chosen evenly."""
+    """Values of the initialisation, changed by `decide_`."""
     config = Qwen3NextConfig(**(PUBLISHED | settings), num_hidden_layers=layers, num_nextn_predict_layers=1)
     model = BareCausalLM.with_random_values(
         config, getattr(torch, dtype), torch.device(device), quantization=quantization, mtp=True
     )
+    decide_(model)
+    return LoadedModel(
+        model, config, Tokenizer.from_file(str(SHIPPED / "tokenizer.json")), {}, None, torch.device(device)
+    )
+
+
+def decide_(model: nn.Module) -> None:
+    """Embeddings that outweigh the first layers and routers that are decided: then rounding stays what it is in a
+    trained model, and experts are chosen evenly."""
+    config: Any = model.config
     for name, weight in model.named_parameters():
         if name.endswith("embed_tokens.weight"):
             weight.div_(config.initializer_range)
         elif name.endswith("mlp.gate.weight"):
             weight.mul_(5 / config.hidden_size**0.5 / config.initializer_range)
-    return LoadedModel(
-        model, config, Tokenizer.from_file(str(SHIPPED / "tokenizer.json")), {}, None, torch.device(device)
-    )
 
 
 @dataclass(eq=False)
