@@ -1,6 +1,5 @@
 """The command line: what it writes, that it reads each token once, and that every fault is one line."""
 
-import functools
 import io
 import json
 import os
@@ -121,13 +120,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
 @pytest.fixture
 def tokens_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens each call of the network has read, of the text alone: there are no drafts."""
-    monkeypatch.setattr(engine, "EngineConfig", functools.partial(engine.EngineConfig, drafts=0))
+    monkeypatch.setattr(engine.EngineConfig, "most_drafts", lambda *_: 0)
     counts: list[int] = []
     run = Runner.run
 
-    def count(runner: Runner, plan: Plan) -> Any:
+    def count(runner: Runner, plan: Plan, earlier: Any = None) -> Any:
         counts.append(plan.token_count)
-        return run(runner, plan)
+        return run(runner, plan, earlier)
 
     monkeypatch.setattr(Runner, "run", count)
     return counts
