@@ -105,7 +105,8 @@ class Graphs:
         self._compute(inputs, cache)  # compiles what the graph holds, and fills what `inputs` and `cache` keep
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Of this thread alone: that of NCCL, which watches over collectives, asks for events at any time.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             hidden, logits = self._compute(inputs, cache)
         return _Captured(graph, inputs, cache, hidden, logits)
 

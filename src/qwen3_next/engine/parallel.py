@@ -241,6 +241,7 @@ class ParallelEngine(Engine):
 
     def close(self) -> None:
         """Let the others end."""
+        atexit.unregister(self.close)
         if self._failure is None:
             with contextlib.suppress(RankError):
                 self.ranks.tell(Orders(is_end=True))
