@@ -18,18 +18,25 @@ from qwen3_next import Qwen3NextConfig
 from qwen3_next.engine import Engine, EngineConfig, Request, SamplingParams
 from qwen3_next.engine.draft_policy import DraftPolicy
 from qwen3_next.engine.loading import SHIPPED, LoadedModel
-from qwen3_next.model.bare import BareCausalLM
+from qwen3_next.engine.parallel import ParallelEngine, Ranks
+from qwen3_next.model.bare import BareCausalLM, Shard
 
 LAYERS = 48
 NUMBERS = itertools.count()
 
 
 @torch.inference_mode()
-def random_model(settings: dict[str, Any], layers: int, device: str, quantization: Any, dtype: str) -> LoadedModel:
-    """Values of the initialisation, changed by `decide_`."""
+def random_model(
+    settings: dict[str, Any], layers: int, device: str, quantization: Any, dtype: str, shard: Shard | None = None
+) -> LoadedModel:
+    """Values of the initialisation, changed by `decide_`.
+
+    Args:
+        shard: leaves of the model what one of several ranks holds.
+    """
     config = Qwen3NextConfig(**(PUBLISHED | settings), num_hidden_layers=layers, num_nextn_predict_layers=1)
     model = BareCausalLM.with_random_values(
-        config, getattr(torch, dtype), torch.device(device), quantization=quantization, mtp=True
+        config, getattr(torch, dtype), torch.device(device), quantization=quantization, mtp=True, shard=shard
     )
     decide_(model)
     return LoadedModel(
@@ -50,15 +57,24 @@ def decide_(model: nn.Module) -> None:
 
 @dataclass(eq=False)
 class Setting:
-    """The model, and one engine at a time: the last one's memory is free before the next takes its own."""
+    """The model, and one engine at a time: the last one's memory is free before the next takes its own.
+
+    Attributes:
+        ranks: that hold the model together; None for one that is whole.
+    """
 
     loaded: LoadedModel
     random: Random = field(default_factory=lambda: Random(0))
+    ranks: Ranks | None = None
     _engine: Engine | None = None
 
     def engine(self, **limits: Any) -> Engine:
         self.close()
-        self._engine = Engine(self.loaded, EngineConfig(**limits))
+        config = EngineConfig(**limits)
+        if self.ranks is None:
+            self._engine = Engine(self.loaded, config)
+        else:
+            self._engine = ParallelEngine(self.loaded, config, self.ranks)
         return self._engine
 
     def close(self) -> None:

@@ -131,7 +131,8 @@ class Graphs:
         self._compute(call)  # compiles what the graph holds, and fills what `inputs` and `cache` keep
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Of this thread alone: that of NCCL, which watches over collectives, asks for events at any time.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             states, logits = self._compute(call)
         return _Captured(graph, call, states, logits)
 

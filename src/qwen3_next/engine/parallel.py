@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from qwen3_next.engine.config import EngineConfig
 from qwen3_next.engine.engine import Engine
 from qwen3_next.engine.grammar import GrammarState
 from qwen3_next.engine.loading import LoadedModel
+from qwen3_next.engine.plan import Plan
 from qwen3_next.engine.request import Request
 from qwen3_next.engine.stream import Output
 from qwen3_next.errors import CheckpointError, InputError, Qwen3NextError, RankError
@@ -242,10 +243,18 @@ class ParallelEngine(Engine):
 
     def close(self) -> None:
         """Let the others end."""
+        atexit.unregister(self.close)
         if self._failure is None:
             with contextlib.suppress(RankError):
                 self.ranks.tell(Orders(is_end=True))
         self._failure = RankError("the engine of several ranks is closed; start all of them again.")
+
+    def _take_back(self, plan: Plan, error: torch.OutOfMemoryError) -> NoReturn:
+        """No rank can try again alone: the others are in the middle of the call."""
+        raise RankError(
+            f"a call of {plan.token_count} tokens does not fit the memory of one of several ranks; start all again with "
+            "a lower token_budget or max_sequences."
+        ) from error
 
     def _require_whole(self) -> None:
         if self._failure is not None:
