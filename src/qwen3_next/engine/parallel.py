@@ -252,8 +252,8 @@ class ParallelEngine(Engine):
     def _take_back(self, plan: Plan, error: torch.OutOfMemoryError) -> NoReturn:
         """No rank can try again alone: the others are in the middle of the call."""
         raise RankError(
-            f"a call of {plan.token_count} tokens does not fit the memory of one of several ranks; start all again with "
-            "a lower token_budget or max_sequences."
+            f"a call of {plan.token_count} tokens does not fit the memory of one of several ranks; start all again, "
+            "with a lower token_budget or max_sequences."
         ) from error
 
     def _require_whole(self) -> None:
